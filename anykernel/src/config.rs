@@ -1,0 +1,124 @@
+//! The configuration of an instance: one JSON document, the same on every target.
+//!
+//! The host gives it as the parameter `config`. An unknown key is an error that names the nearest known one.
+
+use alloc::{string::String, vec::Vec};
+use serde::{Deserialize, Serialize};
+
+/// The whole document. Every key may be left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Name of this instance: sent to DHCP servers, shown in messages.
+    pub hostname: String,
+    /// Messages below this level are dropped: `"off"`, `"error"`, `"warn"`, `"info"`, `"debug"`, `"trace"`.
+    pub log: String,
+    /// The application and its arguments; the first is its name.
+    pub app: Vec<String>,
+    /// Mounted in this order before the application starts. The first must be at `/`; a tmpfs is there otherwise.
+    pub mounts: Vec<Mount>,
+    /// One entry per interface, in the order of the registry. Interfaces without an entry use DHCP.
+    pub interfaces: Vec<Interface>,
+    /// TCP.
+    pub tcp: Tcp,
+    /// The block cache.
+    pub cache: Cache,
+}
+
+/// A mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mount {
+    /// A block device (`"disk0"`, `"disk0p1"`) or `"tmpfs"`.
+    pub source: String,
+    /// Where: an absolute path.
+    pub target: String,
+    /// `"ext4"`, `"vfat"`, `"tmpfs"`; left out: found by looking.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
+    /// Nothing is written to the device.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// An interface's addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Interface {
+    /// `"dhcp"`, `"none"`, or an address with prefix length as in `"10.0.2.15/24"`.
+    pub ipv4: String,
+    /// `"auto"` (link-local, and router advertisements), `"none"`, or an address with prefix length.
+    pub ipv6: String,
+    /// Default router with a static address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
+    /// Name servers, beside those that DHCP gives.
+    pub dns: Vec<String>,
+}
+
+/// TCP limits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tcp {
+    /// Receive buffer of a connection in bytes; 0: by memory size.
+    pub receive_bytes: u32,
+    /// Send buffer of a connection in bytes; 0: by memory size.
+    pub send_bytes: u32,
+    /// Most connections at once; more are refused. 0: by memory size.
+    pub connections: u32,
+}
+
+/// Block cache limits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    /// Most bytes; 0: by memory size.
+    pub bytes: u64,
+    /// How far sequential reading reads ahead, in bytes.
+    pub read_ahead_bytes: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            hostname: "anykernel".into(),
+            log: "info".into(),
+            app: Vec::new(),
+            mounts: Vec::new(),
+            interfaces: Vec::new(),
+            tcp: Tcp::default(),
+            cache: Cache::default(),
+        }
+    }
+}
+
+impl Default for Interface {
+    fn default() -> Self {
+        Self { ipv4: "dhcp".into(), ipv6: "auto".into(), gateway: None, dns: Vec::new() }
+    }
+}
+
+#[expect(clippy::derivable_impls, reason = "the defaults are documented values")]
+impl Default for Tcp {
+    fn default() -> Self {
+        Self { receive_bytes: 0, send_bytes: 0, connections: 0 }
+    }
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { bytes: 0, read_ahead_bytes: 512 << 10 }
+    }
+}
+
+impl Config {
+    /// Reads a document.
+    pub fn parse(json: &str) -> Result<Self, String> {
+        serde_json::from_str(json).map_err(|error| alloc::format!("configuration: {error}"))
+    }
+
+    /// Writes a document that [`Config::parse`] reads.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
+    }
+}

@@ -1,0 +1,252 @@
+//! One running instance: its host, its configuration, and what components registered.
+
+use crate::block::BlockDevice;
+use crate::config::Config;
+use crate::counter::{Counter, Counters};
+use crate::fs::{FsType, Namespace};
+use crate::manifest::Manifest;
+use crate::nic::Nic;
+use crate::socket::SocketProvider;
+use crate::sync::Mutex;
+use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
+use core::fmt;
+use core::sync::atomic::{AtomicBool, Ordering};
+use hypercall::{CpuId, Host, Refusal, Signal, ThreadId, ThreadSpec};
+
+/// Why an instance or a component did not start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StartError {
+    /// Built against another contract than this host has.
+    Refused {
+        /// Which component.
+        component: &'static str,
+        /// In what they differ.
+        refusal: Refusal,
+    },
+    /// The configuration is wrong; the line says where and what to do.
+    Config(String),
+    /// A hypercall failed while `what` was set up.
+    Host {
+        /// What was being done, as in "starting thread net0".
+        what: String,
+        /// How it failed.
+        error: hypercall::Error,
+    },
+    /// Something else, in one line that says what to do.
+    Other(String),
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StartError::Refused { component, refusal } => write!(f, "{component}: {refusal}"),
+            StartError::Config(line) | StartError::Other(line) => f.write_str(line),
+            StartError::Host { what, error } => write!(f, "{what}: {error}"),
+        }
+    }
+}
+
+impl core::error::Error for StartError {}
+
+struct Registry {
+    manifests: Vec<Manifest>,
+    block_devices: Vec<Arc<dyn BlockDevice>>,
+    nics: Vec<Arc<dyn Nic>>,
+    fs_types: Vec<Arc<dyn FsType>>,
+    namespace: Option<Arc<dyn Namespace>>,
+    sockets: Option<Arc<dyn SocketProvider>>,
+    counters: Counters,
+    threads: Vec<ThreadId>,
+    stop_signals: Vec<Arc<Signal>>,
+    stop_hooks: Vec<Box<dyn FnOnce() + Send>>,
+}
+
+/// One instance.
+pub struct Kernel<H: Host> {
+    host: H,
+    config: Config,
+    stopping: AtomicBool,
+    registry: Mutex<H, Registry>,
+}
+
+impl<H: Host> Kernel<H> {
+    /// An instance on `host` with the given configuration and nothing registered.
+    pub fn new(host: H, config: Config) -> Arc<Self> {
+        let registry = Registry {
+            manifests: Vec::new(),
+            block_devices: Vec::new(),
+            nics: Vec::new(),
+            fs_types: Vec::new(),
+            namespace: None,
+            sockets: None,
+            counters: Counters(Vec::new()),
+            threads: Vec::new(),
+            stop_signals: Vec::new(),
+            stop_hooks: Vec::new(),
+        };
+        Arc::new(Self {
+            host,
+            config,
+            stopping: AtomicBool::new(false),
+            registry: Mutex::new(host, registry),
+        })
+    }
+
+    /// The host.
+    pub fn host(&self) -> H {
+        self.host
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Admits a component: checks its contracts against the host's. Components call this first.
+    pub fn admit(&self, manifest: Manifest) -> Result<(), StartError> {
+        hypercall::check_versions(manifest.contracts, self.host.contracts())
+            .map_err(|refusal| StartError::Refused { component: manifest.name, refusal })?;
+        self.registry.lock().manifests.push(manifest);
+        Ok(())
+    }
+
+    /// The manifests of all admitted components.
+    pub fn manifests(&self) -> Vec<Manifest> {
+        self.registry.lock().manifests.clone()
+    }
+
+    /// Registers a block device.
+    pub fn add_block_device(&self, device: Arc<dyn BlockDevice>) {
+        self.registry.lock().block_devices.push(device);
+    }
+
+    /// All block devices, in the order of registration.
+    pub fn block_devices(&self) -> Vec<Arc<dyn BlockDevice>> {
+        self.registry.lock().block_devices.clone()
+    }
+
+    /// Registers a network interface.
+    pub fn add_nic(&self, nic: Arc<dyn Nic>) {
+        self.registry.lock().nics.push(nic);
+    }
+
+    /// All network interfaces, in the order of registration.
+    pub fn nics(&self) -> Vec<Arc<dyn Nic>> {
+        self.registry.lock().nics.clone()
+    }
+
+    /// Registers a kind of file system.
+    pub fn add_fs_type(&self, kind: Arc<dyn FsType>) {
+        self.registry.lock().fs_types.push(kind);
+    }
+
+    /// All kinds of file systems.
+    pub fn fs_types(&self) -> Vec<Arc<dyn FsType>> {
+        self.registry.lock().fs_types.clone()
+    }
+
+    /// Sets the tree of mounts (the vfs component does).
+    pub fn set_namespace(&self, namespace: Arc<dyn Namespace>) {
+        self.registry.lock().namespace = Some(namespace);
+    }
+
+    /// The tree of mounts, if a vfs component runs.
+    pub fn namespace(&self) -> Option<Arc<dyn Namespace>> {
+        self.registry.lock().namespace.clone()
+    }
+
+    /// Sets the network stack (the net component does).
+    pub fn set_sockets(&self, sockets: Arc<dyn SocketProvider>) {
+        self.registry.lock().sockets = Some(sockets);
+    }
+
+    /// The network stack, if a net component runs.
+    pub fn sockets(&self) -> Option<Arc<dyn SocketProvider>> {
+        self.registry.lock().sockets.clone()
+    }
+
+    /// The counter `name`, made at first use.
+    pub fn counter(&self, name: &str) -> Counter {
+        self.registry.lock().counters.get_or_add(name)
+    }
+
+    /// All counters with their values.
+    pub fn counters(&self) -> Vec<(String, u64)> {
+        self.registry.lock().counters.0.iter().map(|(name, counter)| (name.clone(), counter.get())).collect()
+    }
+
+    /// Starts a thread that [`Kernel::shutdown`] joins. It must return soon after [`Kernel::stopping`] turned true; if it
+    /// sleeps on a signal, give that to [`Kernel::raise_on_stop`].
+    pub fn spawn(
+        &self,
+        name: &str,
+        cpu: Option<CpuId>,
+        entry: impl FnOnce() + Send + 'static,
+    ) -> Result<(), StartError> {
+        let thread = self
+            .host
+            .spawn(ThreadSpec { name, cpu }, Box::new(entry))
+            .map_err(|error| StartError::Host { what: alloc::format!("starting thread {name}"), error })?;
+        self.registry.lock().threads.push(thread);
+        Ok(())
+    }
+
+    /// `signal` is raised when the instance stops.
+    pub fn raise_on_stop(&self, signal: Arc<Signal>) {
+        self.registry.lock().stop_signals.push(signal);
+    }
+
+    /// `hook` runs on the thread that shuts down, after all threads were joined; last registered, first run.
+    pub fn run_on_stop(&self, hook: impl FnOnce() + Send + 'static) {
+        self.registry.lock().stop_hooks.push(Box::new(hook));
+    }
+
+    /// Whether the instance is on its way down.
+    pub fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Asks every thread to end; does not wait. Context: thread.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        let signals = self.registry.lock().stop_signals.clone();
+        for signal in signals {
+            signal.raise(&self.host);
+        }
+    }
+
+    /// Stops, joins every thread, runs the stop hooks, syncs file systems and forgets everything registered, so that
+    /// nothing keeps the instance alive. Context: a thread that this kernel did not spawn. Blocks.
+    pub fn shutdown(&self) {
+        self.stop();
+        loop {
+            let threads = core::mem::take(&mut self.registry.lock().threads);
+            if threads.is_empty() {
+                break;
+            }
+            for thread in threads {
+                // A thread that ended by panic has nothing left to wait for.
+                let _ = self.host.join(thread);
+            }
+            self.stop();
+        }
+        let hooks = core::mem::take(&mut self.registry.lock().stop_hooks);
+        for hook in hooks.into_iter().rev() {
+            hook();
+        }
+        if let Some(namespace) = self.namespace()
+            && let Err(error) = namespace.sync()
+        {
+            log::error!("sync at shutdown: {error}");
+        }
+        let mut registry = self.registry.lock();
+        let namespace = registry.namespace.take();
+        let sockets = registry.sockets.take();
+        let devices = core::mem::take(&mut registry.block_devices);
+        let nics = core::mem::take(&mut registry.nics);
+        let kinds = core::mem::take(&mut registry.fs_types);
+        let signals = core::mem::take(&mut registry.stop_signals);
+        drop(registry);
+        drop((namespace, sockets, devices, nics, kinds, signals));
+    }
+}

@@ -1,0 +1,27 @@
+//! What turns components into a kernel.
+//!
+//! This crate defines what a block device ([`block`]), a network interface ([`nic`]), a file system ([`fs`]) and a
+//! socket provider ([`socket`]) is, and never names one. Components register with a [`Kernel`], which is one running
+//! instance; applications get everything from it.
+//!
+//! Locks and waiting ([`sync`]), tasks ([`task`]) and timers ([`timer`]) are built here once on the
+//! host's park and unpark.
+#![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+
+pub mod block;
+pub mod config;
+pub mod counter;
+pub mod fs;
+mod kernel;
+pub mod manifest;
+pub mod nic;
+pub mod socket;
+pub mod sync;
+pub mod task;
+pub mod timer;
+
+pub use kernel::{Kernel, StartError};
+pub use manifest::Manifest;

@@ -1,0 +1,58 @@
+//! A queue of deadlines: a pure data structure, told of time by its owner.
+
+use alloc::collections::BTreeMap;
+
+/// Names a timer of one queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TimerKey {
+    deadline_ns: u64,
+    serial: u64,
+}
+
+/// Deadlines with what is due at them, in order of time.
+pub struct TimerQueue<T> {
+    entries: BTreeMap<TimerKey, T>,
+    next_serial: u64,
+}
+
+impl<T> Default for TimerQueue<T> {
+    fn default() -> Self {
+        Self { entries: BTreeMap::new(), next_serial: 0 }
+    }
+}
+
+impl<T> TimerQueue<T> {
+    /// Adds an entry. Those of one deadline come out in the order they went in.
+    pub fn insert(&mut self, deadline_ns: u64, value: T) -> TimerKey {
+        let key = TimerKey { deadline_ns, serial: self.next_serial };
+        self.next_serial += 1;
+        self.entries.insert(key, value);
+        key
+    }
+
+    /// Takes an entry out before its time.
+    pub fn cancel(&mut self, key: TimerKey) -> Option<T> {
+        self.entries.remove(&key)
+    }
+
+    /// The earliest deadline.
+    pub fn next_deadline_ns(&self) -> Option<u64> {
+        self.entries.first_key_value().map(|(key, _)| key.deadline_ns)
+    }
+
+    /// Takes the earliest entry out if it is due.
+    pub fn pop_due(&mut self, now_ns: u64) -> Option<T> {
+        let entry = self.entries.first_entry()?;
+        (entry.key().deadline_ns <= now_ns).then(|| entry.remove())
+    }
+
+    /// How many entries wait.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}

@@ -1,0 +1,1 @@
+//! virtio: virtqueues, transports, and the blk and net drivers.

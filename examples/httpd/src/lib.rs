@@ -1,0 +1,1 @@
+//! A static file server written once against the anykernel API.

@@ -1,0 +1,1 @@
+//! The suite that every host must pass, as a library.

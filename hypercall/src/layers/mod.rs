@@ -1,0 +1,1 @@
+//! Hosts around a host: tracing, grants.

@@ -1,0 +1,1 @@
+//! The bare-metal x86_64 target: boot, memory, interrupts, SMP.

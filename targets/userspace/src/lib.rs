@@ -1,0 +1,1 @@
+//! The POSIX-process target and the anykernel command line.

@@ -1,0 +1,3 @@
+//! The `anykernel` command.
+
+fn main() {}
