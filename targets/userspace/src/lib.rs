@@ -1,1 +1,12 @@
-//! The POSIX-process target and the anykernel command line.
+//! The POSIX-process target: components in an ordinary process, without privileges.
+//!
+//! As a library it holds any number of instances in one process ([`Instance`]), each on a [`PosixHost`] with its own
+//! disks ([`HostDisk`]), links ([`Link`]), memory limit and console. The binary `anykernel` is the command line over
+//! it; [`qemu`] is what it needs to run the other targets.
+#![deny(unsafe_code)]
+
+pub mod interrupt;
+pub mod qemu;
+mod spec;
+
+pub use spec::{DiskSpec, Failure, NetSpec, Publish, RunSpec};
