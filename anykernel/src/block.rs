@@ -2,8 +2,8 @@
 
 use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
 use core::fmt;
-use core::sync::atomic::{AtomicU32, Ordering};
 use hypercall::Threads;
+use hypercall::atomic::{AtomicU32, Ordering};
 
 /// Everything a user needs to know of a device. Constant while it exists.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -19,6 +19,8 @@ pub struct Config {
     pub mounts: Vec<Mount>,
     /// One entry per interface, in the order of the registry. Interfaces without an entry use DHCP.
     pub interfaces: Vec<Interface>,
+    /// How many threads, one per CPU, run the application's tasks; 0: as many as there are CPUs.
+    pub workers: u32,
     /// TCP.
     pub tcp: Tcp,
     /// The block cache.
@@ -86,6 +88,7 @@ impl Default for Config {
             app: Vec::new(),
             mounts: Vec::new(),
             interfaces: Vec::new(),
+            workers: 0,
             tcp: Tcp::default(),
             cache: Cache::default(),
         }

@@ -8,6 +8,7 @@ use crate::manifest::Manifest;
 use crate::nic::Nic;
 use crate::socket::SocketProvider;
 use crate::sync::Mutex;
+use crate::task::Executor;
 use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -48,7 +49,7 @@ impl fmt::Display for StartError {
 
 impl core::error::Error for StartError {}
 
-struct Registry {
+struct Registry<H: Host> {
     manifests: Vec<Manifest>,
     block_devices: Vec<Arc<dyn BlockDevice>>,
     nics: Vec<Arc<dyn Nic>>,
@@ -57,6 +58,7 @@ struct Registry {
     sockets: Option<Arc<dyn SocketProvider>>,
     counters: Counters,
     threads: Vec<ThreadId>,
+    executors: Vec<Arc<Executor<H>>>,
     stop_signals: Vec<Arc<Signal>>,
     stop_hooks: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -66,7 +68,7 @@ pub struct Kernel<H: Host> {
     host: H,
     config: Config,
     stopping: AtomicBool,
-    registry: Mutex<H, Registry>,
+    registry: Mutex<H, Registry<H>>,
 }
 
 impl<H: Host> Kernel<H> {
@@ -81,6 +83,7 @@ impl<H: Host> Kernel<H> {
             sockets: None,
             counters: Counters(Vec::new()),
             threads: Vec::new(),
+            executors: Vec::new(),
             stop_signals: Vec::new(),
             stop_hooks: Vec::new(),
         };
@@ -191,6 +194,37 @@ impl<H: Host> Kernel<H> {
         Ok(())
     }
 
+    /// Starts an executor with one thread bound to each CPU, at most `config.workers` of them unless that is 0.
+    /// It stops with the instance; tasks that are left are dropped then. Context: thread.
+    pub fn start_executor(&self, name: &str) -> Result<Arc<Executor<H>>, StartError> {
+        let cpus = self.host.cpu_count();
+        let threads = if self.config.workers == 0 { cpus } else { self.config.workers.min(cpus) };
+        self.start_executor_on(name, (0..threads).map(CpuId))
+    }
+
+    /// Starts an executor with one thread on each of `cpus`: with a single one, its tasks never change the CPU.
+    pub fn start_executor_on(
+        &self,
+        name: &str,
+        cpus: impl IntoIterator<Item = CpuId>,
+    ) -> Result<Arc<Executor<H>>, StartError> {
+        let executor = Executor::new(self.host);
+        self.registry.lock().executors.push(executor.clone());
+        for cpu in cpus {
+            let running = executor.clone();
+            let name = alloc::format!("{name}{}", cpu.0);
+            if let Err(error) = self.spawn(&name, Some(cpu), move || running.run()) {
+                executor.stop();
+                return Err(error);
+            }
+        }
+        // The instance may have been stopped while the list did not have this one yet.
+        if self.stopping() {
+            executor.stop();
+        }
+        Ok(executor)
+    }
+
     /// `signal` is raised when the instance stops.
     pub fn raise_on_stop(&self, signal: Arc<Signal>) {
         self.registry.lock().stop_signals.push(signal);
@@ -209,9 +243,15 @@ impl<H: Host> Kernel<H> {
     /// Asks every thread to end; does not wait. Context: thread.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        let signals = self.registry.lock().stop_signals.clone();
+        let registry = self.registry.lock();
+        let signals = registry.stop_signals.clone();
+        let executors = registry.executors.clone();
+        drop(registry);
         for signal in signals {
             signal.raise(&self.host);
+        }
+        for executor in executors {
+            executor.stop();
         }
     }
 
@@ -246,7 +286,42 @@ impl<H: Host> Kernel<H> {
         let nics = core::mem::take(&mut registry.nics);
         let kinds = core::mem::take(&mut registry.fs_types);
         let signals = core::mem::take(&mut registry.stop_signals);
+        let executors = core::mem::take(&mut registry.executors);
         drop(registry);
-        drop((namespace, sockets, devices, nics, kinds, signals));
+        drop((namespace, sockets, devices, nics, kinds, signals, executors));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hypercall::testing::TestHost;
+
+    #[test]
+    fn an_executor_runs_on_every_cpu_and_ends_with_the_instance() {
+        let host = TestHost::new();
+        let kernel = Kernel::new(host, Config::default());
+        let executor = kernel.start_executor("app").unwrap();
+        assert_eq!(crate::task::block_on(host, executor.spawn_join(async { 5 })), Some(5));
+        let waiting = executor.spawn_join(core::future::pending::<()>());
+        kernel.shutdown();
+        assert_eq!(crate::task::block_on(host, waiting), None);
+        assert_eq!(Arc::strong_count(&executor), 1);
+    }
+
+    #[test]
+    fn workers_limits_the_threads() {
+        let kernel = Kernel::new(TestHost::new(), Config { workers: 1, ..Config::default() });
+        kernel.start_executor("app").unwrap();
+        assert_eq!(kernel.registry.lock().threads.len(), 1);
+        kernel.shutdown();
+    }
+
+    #[test]
+    fn an_executor_on_a_cpu_that_is_not_there_is_refused() {
+        let kernel = Kernel::new(TestHost::new(), Config::default());
+        let error = kernel.start_executor_on("app", [CpuId(99)]).err().unwrap();
+        assert_eq!(alloc::format!("{error}"), "starting thread app99: invalid argument");
+        kernel.shutdown();
     }
 }

@@ -35,6 +35,11 @@ impl<T> TimerQueue<T> {
         self.entries.remove(&key)
     }
 
+    /// What is due at `key`, while it waits.
+    pub fn get_mut(&mut self, key: TimerKey) -> Option<&mut T> {
+        self.entries.get_mut(&key)
+    }
+
     /// The earliest deadline.
     pub fn next_deadline_ns(&self) -> Option<u64> {
         self.entries.first_key_value().map(|(key, _)| key.deadline_ns)

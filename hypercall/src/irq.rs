@@ -3,8 +3,8 @@
 //! No driver code runs in interrupt context. An interrupt raises a [`Signal`]; the thread that owns the queue looks at
 //! its device. What an interrupt did is thereby one number, which can be recorded, replayed and injected.
 
+use crate::atomic::{AtomicU32, Ordering};
 use crate::{CpuId, PciAddress, Result, Threads};
-use core::sync::atomic::{AtomicU32, Ordering};
 
 /// Something happened: a counter that a thread can park on.
 ///
@@ -15,7 +15,14 @@ pub struct Signal(AtomicU32);
 
 impl Signal {
     /// A signal that nobody raised yet.
+    #[cfg(not(loom))]
     pub const fn new() -> Self {
+        Self(AtomicU32::new(0))
+    }
+
+    /// A signal that nobody raised yet.
+    #[cfg(loom)]
+    pub fn new() -> Self {
         Self(AtomicU32::new(0))
     }
 

@@ -25,6 +25,7 @@ extern crate alloc;
 #[cfg(any(test, feature = "testing"))]
 extern crate std;
 
+pub mod atomic;
 mod block;
 mod clock;
 pub mod conformance;

@@ -188,10 +188,12 @@ impl Threads for TestHost {
                         if now >= deadline {
                             drop(woken);
                             let mut parked = self.0.parked.lock().unwrap();
-                            if let Some(list) = parked.get_mut(&key) {
-                                list.retain(|other| !core::ptr::eq(*other, *parker));
-                            }
-                            return ParkResult::TimedOut;
+                            let list = parked.entry(key).or_default();
+                            let before = list.len();
+                            list.retain(|other| !core::ptr::eq(*other, *parker));
+                            // An unpark that counted us just now must not be lost on a timeout.
+                            let counted = list.len() == before;
+                            return if counted { ParkResult::Woken } else { ParkResult::TimedOut };
                         }
                         // Virtual time does not pass while we wait: only `advance` wakes us then.
                         let wait = if self.0.virtual_ns.is_some() {

@@ -1,8 +1,8 @@
 //! Threads, and the one primitive on which all blocking is built.
 
+use crate::atomic::AtomicU32;
 use crate::{CpuId, Result};
 use alloc::boxed::Box;
-use core::sync::atomic::AtomicU32;
 
 /// A thread of this domain. Never 0; not reused while somebody may still join it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -49,7 +49,7 @@ pub trait Threads {
     /// The comparison and the going to sleep are one step with regard to [`Threads::unpark`] on the same word: a
     /// thread that stores a new value and then unparks always wakes a thread that parked on the old one (no lost
     /// wake-up). A deadline that has passed still compares first, then returns `TimedOut`. May return
-    /// `Woken` for no reason. Context: thread. Blocks. Cannot fail.
+    /// `Woken` for no reason; a thread that an unpark counted never returns `TimedOut`. Context: thread. Blocks. Cannot fail.
     ///
     /// Counterparts: futex(2) `FUTEX_WAIT`; `rumpuser_cv_wait` and `cv_timedwait`; LKL `sem_down`.
     fn park(&self, word: &AtomicU32, expected: u32, deadline_ns: Option<u64>) -> ParkResult;

@@ -1,7 +1,7 @@
 //! A condition variable: a sequence number to park on.
 
 use super::MutexGuard;
-use core::sync::atomic::{
+use hypercall::atomic::{
     AtomicU32,
     Ordering::{Relaxed, Release},
 };
@@ -14,9 +14,11 @@ pub struct Condvar {
 }
 
 impl Condvar {
-    /// Nobody waits.
-    pub const fn new() -> Self {
-        Self { sequence: AtomicU32::new(0) }
+    super::const_unless_loom! {
+        /// Nobody waits.
+        pub fn new() -> Self {
+            Self { sequence: AtomicU32::new(0) }
+        }
     }
 
     /// Gives up the lock, sleeps until notified (or for no reason, or until `deadline_ns`), and takes the lock again.

@@ -3,18 +3,15 @@
 
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::{
+use hypercall::Threads;
+use hypercall::atomic::{
     AtomicU32,
     Ordering::{Acquire, Relaxed, Release},
 };
-use hypercall::Threads;
 
 const FREE: u32 = 0;
 const HELD: u32 = 1;
 const CONTENDED: u32 = 2;
-
-/// How often a locker looks again before it sleeps; holders that run on another CPU are usually done by then.
-const SPINS: u32 = 100;
 
 /// Mutual exclusion among threads. Never taken in interrupt context.
 pub struct Mutex<H, T: ?Sized> {
@@ -35,10 +32,15 @@ pub struct MutexGuard<'a, H: Threads, T: ?Sized> {
     _not_send: core::marker::PhantomData<*mut ()>,
 }
 
+// SAFETY: a shared guard gives `&T` only.
+unsafe impl<H: Threads + Sync, T: ?Sized + Sync> Sync for MutexGuard<'_, H, T> {}
+
 impl<H, T> Mutex<H, T> {
-    /// A free lock around `value`.
-    pub const fn new(host: H, value: T) -> Self {
-        Self { host, state: AtomicU32::new(FREE), value: UnsafeCell::new(value) }
+    super::const_unless_loom! {
+        /// A free lock around `value`.
+        pub fn new(host: H, value: T) -> Self {
+            Self { host, state: AtomicU32::new(FREE), value: UnsafeCell::new(value) }
+        }
     }
 
     /// Ends the lock and returns the value.
@@ -49,6 +51,7 @@ impl<H, T> Mutex<H, T> {
 
 impl<H: Threads, T: ?Sized> Mutex<H, T> {
     /// Waits for the lock. Context: thread. Blocks. Not recursive: locking twice on one thread never returns.
+    #[inline]
     pub fn lock(&self) -> MutexGuard<'_, H, T> {
         if self.state.compare_exchange(FREE, HELD, Acquire, Relaxed).is_err() {
             self.lock_slow();
@@ -57,6 +60,7 @@ impl<H: Threads, T: ?Sized> Mutex<H, T> {
     }
 
     /// Takes the lock if it is free.
+    #[inline]
     pub fn try_lock(&self) -> Option<MutexGuard<'_, H, T>> {
         self.state.compare_exchange(FREE, HELD, Acquire, Relaxed).ok()?;
         Some(MutexGuard { mutex: self, _not_send: core::marker::PhantomData })
@@ -73,7 +77,7 @@ impl<H: Threads, T: ?Sized> Mutex<H, T> {
 
     #[cold]
     fn lock_slow(&self) {
-        let mut spins = SPINS;
+        let mut spins = super::SPINS;
         while spins > 0 && self.state.load(Relaxed) == HELD {
             core::hint::spin_loop();
             spins -= 1;
@@ -87,6 +91,7 @@ impl<H: Threads, T: ?Sized> Mutex<H, T> {
         }
     }
 
+    #[inline]
     fn unlock(&self) {
         if self.state.swap(FREE, Release) == CONTENDED {
             self.host.unpark(&self.state, 1);

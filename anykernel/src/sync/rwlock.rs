@@ -1,25 +1,33 @@
-//! A readers-writer lock that sleeps. Writers are preferred: a waiting writer keeps new readers out.
+//! A readers-writer lock that sleeps. Writers are preferred: a waiting writer keeps new readers out, so a stream of
+//! readers cannot starve it; a stream of writers can starve readers.
+//!
+//! All is in one word, so that a lock nobody waits for costs one atomic operation to take and one to give back, and no
+//! hypercall. Readers park on that word; writers park on a count of wake-ups, so that one of them can be woken
+//! without the readers.
 #![expect(unsafe_code, reason = "a lock hands out references to what it guards")]
 
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::{
+use hypercall::Threads;
+use hypercall::atomic::{
     AtomicU32,
     Ordering::{Acquire, Relaxed, Release},
 };
-use hypercall::Threads;
 
-/// `state`: the number of readers, or this for a writer.
-const WRITER: u32 = u32::MAX;
+/// The low bits of the word: how many readers, or all ones for a writer.
+const HOLDERS: u32 = WRITER;
+const WRITER: u32 = (1 << 30) - 1;
+/// Readers sleep.
+const READERS_WAIT: u32 = 1 << 30;
+/// Writers sleep, or are about to.
+const WRITERS_WAIT: u32 = 1 << 31;
 
 /// Many readers or one writer. Never taken in interrupt context.
 pub struct RwLock<H, T: ?Sized> {
     host: H,
     state: AtomicU32,
-    /// Writers that wait.
-    writers: AtomicU32,
-    /// Counts releases; what waiters park on.
-    released: AtomicU32,
+    /// Counts wake-ups of writers; what they park on.
+    writer_wakeups: AtomicU32,
     value: UnsafeCell<T>,
 }
 
@@ -33,51 +41,159 @@ pub struct RwLockReadGuard<'a, H: Threads, T: ?Sized>(&'a RwLock<H, T>, core::ma
 /// The right to write.
 pub struct RwLockWriteGuard<'a, H: Threads, T: ?Sized>(&'a RwLock<H, T>, core::marker::PhantomData<*mut ()>);
 
+// SAFETY: a shared guard gives `&T` only.
+unsafe impl<H: Threads + Sync, T: ?Sized + Sync> Sync for RwLockReadGuard<'_, H, T> {}
+// SAFETY: a shared guard gives `&T` only.
+unsafe impl<H: Threads + Sync, T: ?Sized + Sync> Sync for RwLockWriteGuard<'_, H, T> {}
+
 impl<H, T> RwLock<H, T> {
-    /// A free lock around `value`.
-    pub const fn new(host: H, value: T) -> Self {
-        Self {
-            host,
-            state: AtomicU32::new(0),
-            writers: AtomicU32::new(0),
-            released: AtomicU32::new(0),
-            value: UnsafeCell::new(value),
+    super::const_unless_loom! {
+        /// A free lock around `value`.
+        pub fn new(host: H, value: T) -> Self {
+            Self {
+                host,
+                state: AtomicU32::new(0),
+                writer_wakeups: AtomicU32::new(0),
+                value: UnsafeCell::new(value),
+            }
         }
     }
+
+    /// Ends the lock and returns the value.
+    pub fn into_inner(self) -> T {
+        self.value.into_inner()
+    }
+}
+
+/// Whether a reader may enter: no writer holds it, nobody waits before it.
+const fn readable(state: u32) -> bool {
+    state < WRITER - 1
 }
 
 impl<H: Threads, T: ?Sized> RwLock<H, T> {
     /// Waits for the right to read. A reader must not read-lock again: a writer may wait in between.
+    /// Context: thread. Blocks.
+    #[inline]
     pub fn read(&self) -> RwLockReadGuard<'_, H, T> {
+        let state = self.state.load(Relaxed);
+        if !readable(state) || self.state.compare_exchange_weak(state, state + 1, Acquire, Relaxed).is_err() {
+            self.read_slow();
+        }
+        RwLockReadGuard(self, core::marker::PhantomData)
+    }
+
+    /// Waits for the right to write. Context: thread. Blocks.
+    #[inline]
+    pub fn write(&self) -> RwLockWriteGuard<'_, H, T> {
+        if self.state.compare_exchange(0, WRITER, Acquire, Relaxed).is_err() {
+            self.write_slow();
+        }
+        RwLockWriteGuard(self, core::marker::PhantomData)
+    }
+
+    /// What is guarded, without locking: the exclusive reference proves that nobody holds it.
+    pub fn get_mut(&mut self) -> &mut T {
+        self.value.get_mut()
+    }
+
+    #[cold]
+    fn read_slow(&self) {
+        let mut state = self.spin(|state| state & HOLDERS != WRITER || state & !HOLDERS != 0);
         loop {
-            let seen = self.released.load(Acquire);
-            let state = self.state.load(Relaxed);
-            if self.writers.load(Relaxed) == 0 && state < WRITER - 1 {
-                if self.state.compare_exchange_weak(state, state + 1, Acquire, Relaxed).is_ok() {
-                    return RwLockReadGuard(self, core::marker::PhantomData);
+            if readable(state) {
+                match self.state.compare_exchange_weak(state, state + 1, Acquire, Relaxed) {
+                    Ok(_) => return,
+                    Err(now) => state = now,
                 }
                 continue;
             }
-            self.host.park(&self.released, seen, None);
-        }
-    }
-
-    /// Waits for the right to write.
-    pub fn write(&self) -> RwLockWriteGuard<'_, H, T> {
-        self.writers.fetch_add(1, Relaxed);
-        loop {
-            let seen = self.released.load(Acquire);
-            if self.state.compare_exchange(0, WRITER, Acquire, Relaxed).is_ok() {
-                self.writers.fetch_sub(1, Relaxed);
-                return RwLockWriteGuard(self, core::marker::PhantomData);
+            // More than a thousand million readers: a leak of guards, and the count must not become a writer's mark.
+            assert!(state & HOLDERS != WRITER - 1, "too many readers of one lock");
+            if state & READERS_WAIT == 0
+                && let Err(now) = self.state.compare_exchange(state, state | READERS_WAIT, Relaxed, Relaxed)
+            {
+                state = now;
+                continue;
             }
-            self.host.park(&self.released, seen, None);
+            self.host.park(&self.state, state | READERS_WAIT, None);
+            state = self.spin(|state| state & HOLDERS != WRITER || state & !HOLDERS != 0);
         }
     }
 
-    fn release(&self) {
-        self.released.fetch_add(1, Release);
-        self.host.unpark(&self.released, u32::MAX);
+    #[cold]
+    fn write_slow(&self) {
+        let mut state = self.spin(|state| state & HOLDERS == 0 || state & WRITERS_WAIT != 0);
+        // Once we slept others may sleep too, and only we would know: then we take the lock with the mark set.
+        let mut mark = 0;
+        loop {
+            if state & HOLDERS == 0 {
+                match self.state.compare_exchange_weak(state, state | WRITER | mark, Acquire, Relaxed) {
+                    Ok(_) => return,
+                    Err(now) => state = now,
+                }
+                continue;
+            }
+            if state & WRITERS_WAIT == 0
+                && let Err(now) = self.state.compare_exchange(state, state | WRITERS_WAIT, Relaxed, Relaxed)
+            {
+                state = now;
+                continue;
+            }
+            mark = WRITERS_WAIT;
+            // A wake-up between this and the park changes the count; one before it has changed the state.
+            let seen = self.writer_wakeups.load(Acquire);
+            state = self.state.load(Relaxed);
+            if state & HOLDERS == 0 || state & WRITERS_WAIT == 0 {
+                continue;
+            }
+            self.host.park(&self.writer_wakeups, seen, None);
+            state = self.spin(|state| state & HOLDERS == 0 || state & WRITERS_WAIT != 0);
+        }
+    }
+
+    /// Looks at the state for a short while until `enough`.
+    fn spin(&self, enough: impl Fn(u32) -> bool) -> u32 {
+        for _ in 0..super::SPINS {
+            let state = self.state.load(Relaxed);
+            if enough(state) {
+                return state;
+            }
+            core::hint::spin_loop();
+        }
+        self.state.load(Relaxed)
+    }
+
+    /// The lock was given up while somebody waits: wakes one writer, or else all readers.
+    #[cold]
+    fn wake(&self, mut state: u32) {
+        if state == WRITERS_WAIT {
+            match self.state.compare_exchange(state, 0, Relaxed, Relaxed) {
+                Ok(_) => {
+                    self.wake_writer();
+                    return;
+                }
+                // Readers came to wait meanwhile, or somebody holds the lock and will do the waking.
+                Err(now) => state = now,
+            }
+        }
+        if state == READERS_WAIT | WRITERS_WAIT {
+            if self.state.compare_exchange(state, READERS_WAIT, Relaxed, Relaxed).is_err() {
+                return;
+            }
+            if self.wake_writer() {
+                return;
+            }
+            // The writer was not asleep yet and will find the lock by itself; nobody else would wake the readers.
+            state = READERS_WAIT;
+        }
+        if state == READERS_WAIT && self.state.compare_exchange(state, 0, Relaxed, Relaxed).is_ok() {
+            self.host.unpark(&self.state, u32::MAX);
+        }
+    }
+
+    fn wake_writer(&self) -> bool {
+        self.writer_wakeups.fetch_add(1, Release);
+        self.host.unpark(&self.writer_wakeups, 1) > 0
     }
 }
 
@@ -90,9 +206,12 @@ impl<H: Threads, T: ?Sized> Deref for RwLockReadGuard<'_, H, T> {
 }
 
 impl<H: Threads, T: ?Sized> Drop for RwLockReadGuard<'_, H, T> {
+    #[inline]
     fn drop(&mut self) {
-        if self.0.state.fetch_sub(1, Release) == 1 {
-            self.0.release();
+        let state = self.0.state.fetch_sub(1, Release) - 1;
+        // Readers wait behind other readers only because a writer waits, so that mark is enough.
+        if state & HOLDERS == 0 && state & WRITERS_WAIT != 0 {
+            self.0.wake(state);
         }
     }
 }
@@ -113,8 +232,11 @@ impl<H: Threads, T: ?Sized> DerefMut for RwLockWriteGuard<'_, H, T> {
 }
 
 impl<H: Threads, T: ?Sized> Drop for RwLockWriteGuard<'_, H, T> {
+    #[inline]
     fn drop(&mut self) {
-        self.0.state.store(0, Release);
-        self.0.release();
+        let state = self.0.state.fetch_sub(WRITER, Release) - WRITER;
+        if state != 0 {
+            self.0.wake(state);
+        }
     }
 }
