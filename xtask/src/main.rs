@@ -1,3 +1,66 @@
-//! What cargo alone cannot do.
+//! What cargo alone cannot do: install what is missing, build images and modules, boot them, compare and measure.
+//!
+//! One subcommand per job; CI runs the same ones that a person does.
 
-fn main() {}
+mod http;
+mod images;
+mod install;
+mod matrix;
+mod sh;
+mod test;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Tasks of this workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing, then run everything: format, lints, unit, property and end-to-end tests, boots, matrix.
+    ///
+    /// As root it installs Debian packages through apt; otherwise it says which command does.
+    Test {
+        /// Only tests whose name contains this.
+        filter: Option<String>,
+    },
+    /// Install what the tests need and stop: Debian packages and Rust targets.
+    Install,
+    /// Make the disk image of the proofs: ext4 with Debian's default features, /usr/share/doc and over 10,000 files.
+    ///
+    /// Beside it goes FILE.sha256, as sha256sum(1) writes it.
+    Image {
+        /// Where to put it.
+        output: std::path::PathBuf,
+    },
+    /// Print targets x checks: conformance, network, ext4, FAT, httpd.
+    Matrix {
+        /// One object a line: {"target","check","status","reason"}; status is pass, fail or absent.
+        #[arg(long)]
+        json: bool,
+        /// Only this target: userspace, rumprun or linux-module.
+        #[arg(long)]
+        target: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Test { filter } => test::run(filter.as_deref()),
+        Task::Install => install::everything(),
+        Task::Image { output } => images::documentation(&output),
+        Task::Matrix { json, target } => matrix::run(json, target.as_deref()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(line) => {
+            eprintln!("xtask: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}

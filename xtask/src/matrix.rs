@@ -1,0 +1,220 @@
+//! Targets x checks, on real images, through the same command that users run.
+
+use crate::images::{self, Image};
+use crate::sh::{self, Result, step};
+use crate::{http, install};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+pub(crate) const TARGETS: [&str; 3] = ["userspace", "rumprun", "linux-module"];
+
+/// Files that httpd serves in each target, by curl, compared by sha256.
+const FETCHES: usize = 1000;
+
+#[derive(Clone)]
+enum Status {
+    Pass,
+    Fail(String),
+    /// Another target has this check, this one never reported it.
+    Absent,
+}
+
+struct Row {
+    target: &'static str,
+    check: String,
+    status: Status,
+}
+
+struct Images {
+    ext4: Image,
+    fat: Image,
+}
+
+/// Runs the matrix and prints it; fails if a cell is not `pass`.
+pub(crate) fn run(json: bool, only: Option<&str>) -> Result {
+    if let Some(name) = only.filter(|name| !TARGETS.contains(name)) {
+        return Err(format!("no target {name}; there are {}", TARGETS.join(", ")));
+    }
+    install::everything()?;
+    let anykernel = sh::anykernel()?;
+    step("making disk images");
+    let images = Images { ext4: images::ext4("matrix", 1500)?, fat: images::fat32("matrix", 300)? };
+    let mut rows = Vec::new();
+    for target in TARGETS.iter().filter(|target| only.is_none_or(|only| only == **target)) {
+        step(&format!("{target}: selftest"));
+        rows.extend(selftest(&anykernel, target, &images)?);
+        step(&format!("{target}: httpd"));
+        rows.push(httpd(&anykernel, target, &images));
+    }
+    fill_absent(&mut rows);
+    let failed = print(json, &rows);
+    if failed == 0 { Ok(()) } else { Err(format!("{failed} of {} cells are not pass", rows.len())) }
+}
+
+fn command(anykernel: &Path, app: &str, target: &str, images: &Images) -> Command {
+    let mut command = Command::new(anykernel);
+    command
+        .args(["run", app, "--on", target, "--cpus", "2", "--memory", "256M", "--disk"])
+        .arg(&images.ext4.path);
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Every verdict of the selftest application becomes a row; a run that does not come to its end is one too.
+fn selftest(anykernel: &Path, target: &'static str, images: &Images) -> Result<Vec<Row>> {
+    let fat = images.fat.path.with_extension(format!("{target}.fat"));
+    std::fs::copy(&images.fat.path, &fat).map_err(|error| format!("{}: {error}", fat.display()))?;
+    let mut disk = fat.clone().into_os_string();
+    disk.push(":rw");
+    let config = json!({
+        "mounts": [
+            {"source": "disk0", "target": "/", "read_only": true},
+            {"source": "disk1", "target": "/fat"},
+        ],
+    });
+    let config_file = sh::work_dir("matrix")?.join("selftest.json");
+    std::fs::write(&config_file, config.to_string()).map_err(|error| error.to_string())?;
+    let mut child = command(anykernel, "selftest", target, images)
+        .arg("--disk")
+        .arg(disk)
+        .arg("--config")
+        .arg(&config_file)
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("{}: {error}", anykernel.display()))?;
+    let watchdog = Watchdog::new(&child, 600);
+    let mut rows = Vec::new();
+    let mut done = false;
+    let output = child.stdout.take().ok_or("no standard output")?;
+    for line in BufReader::new(output).split(b'\n').map_while(std::result::Result::ok) {
+        // Kernel messages and firmware may share the console.
+        let text = String::from_utf8_lossy(&line);
+        let Some(value) = text.find('{').and_then(|at| serde_json::from_str::<Value>(text[at..].trim()).ok())
+        else {
+            continue;
+        };
+        if let Some(check) = value["check"].as_str() {
+            let status = match value["status"].as_str() {
+                Some("pass") => Status::Pass,
+                _ => Status::Fail(value["reason"].as_str().unwrap_or("no reason given").into()),
+            };
+            rows.push(Row { target, check: check.into(), status });
+        }
+        done |= value["selftest"] == "done";
+    }
+    let status = child.wait().map_err(|error| error.to_string())?;
+    drop(watchdog);
+    let end = if done && status.success() {
+        Status::Pass
+    } else {
+        Status::Fail(format!("the run ended with {status}{}", if done { "" } else { " before it was done" }))
+    };
+    rows.push(Row { target, check: "selftest/ends".into(), status: end });
+    let clean = images::check_fat(&fat);
+    rows.push(Row {
+        target,
+        check: "fat/fsck".into(),
+        status: clean.map_or_else(Status::Fail, |()| Status::Pass),
+    });
+    let _ = std::fs::remove_file(&fat);
+    Ok(rows)
+}
+
+/// A thousand files through curl.
+fn httpd(anykernel: &Path, target: &'static str, images: &Images) -> Row {
+    let check = || -> Result {
+        let port = http::free_port()?;
+        let child = command(anykernel, "httpd", target, images)
+            .args(["--publish", &format!("{port}:80")])
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|error| error.to_string())?;
+        let server = Watchdog::new(&child, 900);
+        let result = http::wait_for(port, 120)
+            .and_then(|()| http::fetch_and_compare(port, &images.ext4.sums, FETCHES, 1));
+        server.interrupt(child)?;
+        result
+    };
+    Row { target, check: "httpd/sha256".into(), status: check().map_or_else(Status::Fail, |()| Status::Pass) }
+}
+
+/// Ends a child that runs for too long, so that a hang is a failure and not a stuck test.
+pub(crate) struct Watchdog {
+    pid: u32,
+    done: std::sync::mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    pub(crate) fn new(child: &Child, seconds: u64) -> Self {
+        let pid = child.id();
+        let (done, wait) = std::sync::mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            let limit = std::time::Duration::from_secs(seconds);
+            if wait.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("xtask: process {pid} ran for over {seconds} s, ending it");
+                let _ = Command::new("kill").arg(pid.to_string()).status();
+            }
+        });
+        Self { pid, done }
+    }
+
+    /// What Ctrl-C does; the child must end by itself within ten seconds.
+    pub(crate) fn interrupt(self, mut child: Child) -> Result {
+        let _ = Command::new("kill").args(["-INT", &self.pid.to_string()]).status();
+        for _ in 0..100 {
+            if child.try_wait().map_err(|error| error.to_string())?.is_some() {
+                return Ok(());
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+        Err("did not end within 10 s of Ctrl-C".into())
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        let _ = self.done.send(());
+    }
+}
+
+/// A check that some target has and another lacks is `absent` there, which never counts as pass.
+fn fill_absent(rows: &mut Vec<Row>) {
+    let targets: Vec<&'static str> =
+        TARGETS.into_iter().filter(|t| rows.iter().any(|row| row.target == *t)).collect();
+    let mut known: BTreeMap<String, Vec<&'static str>> = BTreeMap::new();
+    for row in rows.iter() {
+        known.entry(row.check.clone()).or_default().push(row.target);
+    }
+    for (check, have) in known {
+        for target in targets.iter().filter(|target| !have.contains(target)) {
+            rows.push(Row { target, check: check.clone(), status: Status::Absent });
+        }
+    }
+}
+
+/// Prints the rows and returns how many are not `pass`.
+fn print(json: bool, rows: &[Row]) -> usize {
+    let mut failed = 0;
+    for row in rows {
+        let (status, reason) = match &row.status {
+            Status::Pass => ("pass", ""),
+            Status::Fail(reason) => ("fail", reason.as_str()),
+            Status::Absent => ("absent", "this target did not report the check"),
+        };
+        failed += usize::from(status != "pass");
+        if json {
+            println!(
+                "{}",
+                json!({"target": row.target, "check": row.check, "status": status, "reason": reason})
+            );
+        } else {
+            println!("{:<13} {:<42} {status:<6} {reason}", row.target, row.check);
+        }
+    }
+    failed
+}

@@ -1,0 +1,45 @@
+//! Everything that must hold, in one command: what a person runs, and CI.
+
+use crate::sh::{self, Result, cargo, step};
+use crate::{install, matrix};
+use std::time::Instant;
+
+/// Crates that are components or below: they must build for a machine without an operating system.
+const BARE: [&str; 7] =
+    ["hypercall", "anykernel", "anykernel-net", "anykernel-vfs", "anykernel-virtio", "httpd", "selftest"];
+
+/// Installs, checks, tests and boots.
+pub(crate) fn run(filter: Option<&str>) -> Result {
+    let start = Instant::now();
+    let timed = |name: &str| step(&format!("[{:4} s] {name}", start.elapsed().as_secs()));
+    timed("installing what is missing");
+    install::everything()?;
+    if filter.is_none() {
+        timed("format");
+        sh::run(cargo().args(["fmt", "--all", "--check"]))?;
+        timed("lints");
+        sh::run(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+        timed("components without an operating system");
+        let mut check = cargo();
+        check.args(["check", "--quiet", "--target", "x86_64-unknown-none"]);
+        for name in BARE {
+            check.args(["--package", name]);
+        }
+        sh::run(&mut check)?;
+    }
+    timed("the command line");
+    let anykernel = sh::anykernel()?;
+    timed("tests");
+    let mut tests = cargo();
+    tests.args(["test", "--workspace", "--no-fail-fast"]).env("ANYKERNEL", &anykernel);
+    if let Some(filter) = filter {
+        tests.args(["--", filter]);
+    }
+    sh::run(&mut tests)?;
+    if filter.is_none() {
+        timed("matrix");
+        matrix::run(false, None)?;
+    }
+    timed("all is well");
+    Ok(())
+}
