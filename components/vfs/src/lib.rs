@@ -1,1 +1,14 @@
 //! The vfs component: mounts, path walk, ext4, FAT, tmpfs, block cache, partitions.
+//!
+//! [`start`] registers the file systems, finds partitions and performs the mounts of the configuration; applications
+//! then use [`anykernel::fs::Namespace`]. File systems read and write their device through the shared [`cache`].
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod cache;
+#[cfg(test)]
+mod testing;
