@@ -3,7 +3,7 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use core::fmt::Display;
-use hypercall::{Console, ExitStatus, Host};
+use hypercall::{ExitStatus, Host};
 
 /// Prints each verdict as it comes and counts failures.
 pub(crate) struct Report<H> {
