@@ -31,7 +31,12 @@ fn join(directory: &[u8], name: &[u8]) -> Vec<u8> {
 }
 
 /// Reads the file at `path` in pieces of `step` bytes, hands them to `sink`, and returns their sum.
-fn read_all(files: &dyn Namespace, path: &[u8], step: usize, sink: &mut dyn FnMut(&[u8])) -> Result<u64, String> {
+fn read_all(
+    files: &dyn Namespace,
+    path: &[u8],
+    step: usize,
+    sink: &mut dyn FnMut(&[u8]),
+) -> Result<u64, String> {
     let file = files.open(path, OpenOptions::READ).map_err(at(path))?;
     let mut buffer = vec![0; step];
     let mut offset = 0;
@@ -53,7 +58,12 @@ fn sha256(files: &dyn Namespace, path: &[u8], step: usize) -> Result<String, Str
 }
 
 /// Every file named in `directory/SHA256SUMS` has the checksum given there, read by several threads at once.
-pub(crate) fn checksums<H: Host>(kernel: &Arc<Kernel<H>>, report: &mut Report<H>, group: &str, directory: &'static [u8]) {
+pub(crate) fn checksums<H: Host>(
+    kernel: &Arc<Kernel<H>>,
+    report: &mut Report<H>,
+    group: &str,
+    directory: &'static [u8],
+) {
     report.result(&format!("{group}/checksums"), check_sums(kernel, directory));
 }
 
@@ -90,7 +100,8 @@ fn check_sums<H: Host>(kernel: &Arc<Kernel<H>>, directory: &'static [u8]) -> Out
             }
         };
         let spec = hypercall::ThreadSpec { name: "sums", cpu: None };
-        let thread = kernel.host().spawn(spec, alloc::boxed::Box::new(entry)).map_err(|error| error.to_string())?;
+        let thread =
+            kernel.host().spawn(spec, alloc::boxed::Box::new(entry)).map_err(|error| error.to_string())?;
         threads.push(thread);
     }
     for thread in threads {
@@ -121,10 +132,9 @@ pub(crate) fn read_only<H: Host>(kernel: &Arc<Kernel<H>>, report: &mut Report<H>
                 return Err(format!("a change was answered with {result:?}, expected ReadOnly"));
             }
         }
-        for (path, expected) in [
-            (&b"/no/such/file"[..], FsError::NotFound),
-            (b"/SHA256SUMS/below", FsError::NotDirectory),
-        ] {
+        for (path, expected) in
+            [(&b"/no/such/file"[..], FsError::NotFound), (b"/SHA256SUMS/below", FsError::NotDirectory)]
+        {
             match files.resolve(path, true) {
                 Err(error) if error == expected => {}
                 other => return Err(format!("{}: {:?}", String::from_utf8_lossy(path), other.err())),
@@ -136,7 +146,12 @@ pub(crate) fn read_only<H: Host>(kernel: &Arc<Kernel<H>>, report: &mut Report<H>
 }
 
 /// Files and directories are made, grown, cut, renamed and removed, and read back as written.
-pub(crate) fn read_write<H: Host>(kernel: &Arc<Kernel<H>>, report: &mut Report<H>, group: &str, directory: &[u8]) {
+pub(crate) fn read_write<H: Host>(
+    kernel: &Arc<Kernel<H>>,
+    report: &mut Report<H>,
+    group: &str,
+    directory: &[u8],
+) {
     report.result(&format!("{group}/write"), check_writes(kernel, directory));
 }
 
@@ -159,7 +174,11 @@ fn check_writes<H: Host>(kernel: &Arc<Kernel<H>>, directory: &[u8]) -> Outcome {
     let same = |path: &[u8], expected: &[u8]| -> Outcome {
         let mut found = Vec::new();
         read_all(&*files, path, 10_000, &mut |bytes| found.extend_from_slice(bytes))?;
-        if found == expected { Ok(()) } else { Err(format!("{} bytes read differ from what was written", found.len())) }
+        if found == expected {
+            Ok(())
+        } else {
+            Err(format!("{} bytes read differ from what was written", found.len()))
+        }
     };
     same(&first, &content)?;
     file.inode.truncate(123_456).map_err(at(&first))?;

@@ -31,11 +31,6 @@ pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
     }
     let runs = |group: &str| wanted.is_empty() || wanted.iter().any(|name| name == group);
 
-    if runs("conformance") {
-        hypercall::conformance::run(kernel.host(), &mut |check| {
-            report.result(&alloc::format!("conformance/{}", check.name), check.result);
-        });
-    }
     if runs("ext4") {
         files::checksums(kernel, &mut report, "ext4", b"/");
         files::read_only(kernel, &mut report);

@@ -23,7 +23,8 @@ fn net(what: &'static str) -> impl Fn(NetError) -> String {
 
 fn within<H: Host>(host: H, seconds: u64, future: impl Future<Output = Outcome>) -> Outcome {
     let deadline = host.monotonic_ns() + seconds * SECOND;
-    block_on_until(host, future, Some(deadline)).unwrap_or_else(|| Err(format!("not done within {seconds} s")))
+    block_on_until(host, future, Some(deadline))
+        .unwrap_or_else(|| Err(format!("not done within {seconds} s")))
 }
 
 pub(crate) fn run<H: Host>(kernel: &Arc<Kernel<H>>, report: &mut Report<H>) {
@@ -35,7 +36,9 @@ pub(crate) fn run<H: Host>(kernel: &Arc<Kernel<H>>, report: &mut Report<H>) {
     let sockets = &*sockets;
     report.result(
         "network/configured",
-        within(host, 20, async { poll_fn(|cx| sockets.poll_configured(cx)).await.map_err(net("configuration")) }),
+        within(host, 20, async {
+            poll_fn(|cx| sockets.poll_configured(cx)).await.map_err(net("configuration"))
+        }),
     );
     let own = own_ipv4(sockets);
     report.result("network/tcp-loopback", within(host, 30, tcp(kernel, sockets, Ipv4Addr::LOCALHOST.into())));
