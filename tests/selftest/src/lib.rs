@@ -25,7 +25,7 @@ pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
     let mut report = Report::new(kernel.host());
     let groups: &[&str] = &["conformance", "ext4", "fat", "tmpfs", "network"];
     let wanted = kernel.config().app.get(1..).unwrap_or_default();
-    for unknown in wanted.iter().filter(|name| !groups.contains(&name.as_str())) {
+    if let Some(unknown) = wanted.iter().find(|name| !groups.contains(&name.as_str())) {
         log::error!("selftest: unknown group {unknown}; known are {}", groups.join(", "));
         return ExitStatus::Usage;
     }
