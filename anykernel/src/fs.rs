@@ -30,7 +30,7 @@ pub enum FsError {
     Loop,
     /// Larger than the file system allows.
     TooLarge,
-    /// Not possible between two file systems, or into oneself.
+    /// Not possible between two file systems.
     CrossDevice,
     /// The kind of file or the file system does not do this.
     Unsupported,
@@ -40,7 +40,7 @@ pub enum FsError {
     NotAFileSystem,
     /// What is on the disk contradicts itself.
     Corrupt,
-    /// An argument is out of range.
+    /// An argument is out of range, or a directory was to be moved into itself.
     Invalid,
     /// No memory.
     NoMemory,
@@ -210,7 +210,8 @@ pub trait Inode: Send + Sync {
         Err(FsError::ReadOnly)
     }
 
-    /// Renames within one file system, replacing what is there as rename(2) does.
+    /// Renames within one file system, replacing what is there as rename(2) does. [`FsError::Invalid`] if `to` is the
+    /// directory that moves, or below it.
     fn rename(&self, _name: &[u8], _to: &Arc<dyn Inode>, _new_name: &[u8]) -> Result<()> {
         Err(FsError::ReadOnly)
     }
