@@ -12,3 +12,4 @@ extern crate std;
 pub mod cache;
 #[cfg(test)]
 mod testing;
+pub mod tmpfs;
