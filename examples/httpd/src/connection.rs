@@ -8,10 +8,6 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::fs::Inode;
 use anykernel::socket::{NetError, Shutdown, TcpStream};
-use anykernel::task::Executor;
-use core::future::Future;
-use core::pin::pin;
-use core::task::Poll;
 use hypercall::Host;
 
 /// A request body up to this long is read and thrown away, so that the connection can go on; beyond, it closes.
@@ -34,23 +30,6 @@ impl From<NetError> for End {
     fn from(_: NetError) -> Self {
         End::Broken
     }
-}
-
-/// Ready with the future's value, or with `None` at `deadline_ns`.
-async fn before<H: Host, F: Future>(
-    executor: &Executor<H>,
-    deadline_ns: u64,
-    future: F,
-) -> Option<F::Output> {
-    let mut future = pin!(future);
-    let mut sleep = pin!(executor.sleep_until(deadline_ns));
-    core::future::poll_fn(|cx| {
-        if let Poll::Ready(value) = future.as_mut().poll(cx) {
-            return Poll::Ready(Some(value));
-        }
-        sleep.as_mut().poll(cx).map(|()| None)
-    })
-    .await
 }
 
 pub(crate) async fn serve<H: Host>(server: Arc<Server<H>>, stream: TcpStream) {
@@ -156,7 +135,7 @@ impl<H: Host> Connection<H> {
         }
         self.received.resize(start + STEP, 0);
         let room = self.received.get_mut(start..).unwrap_or_default();
-        let result = before(&self.server.executor, deadline_ns, self.stream.recv(room)).await;
+        let result = self.server.executor.timeout(deadline_ns, self.stream.recv(room)).await;
         let count = match result {
             Some(Ok(count)) => count.min(STEP),
             _ => 0,
@@ -248,7 +227,7 @@ impl<H: Host> Connection<H> {
     async fn send(&self, mut data: &[u8]) -> Result<(), NetError> {
         while !data.is_empty() {
             let deadline = self.server.host.monotonic_ns().saturating_add(self.server.options.send_ns);
-            match before(&self.server.executor, deadline, self.stream.send(data)).await {
+            match self.server.executor.timeout(deadline, self.stream.send(data)).await {
                 Some(Ok(count)) => data = data.get(count..).unwrap_or_default(),
                 Some(Err(error)) => return Err(error),
                 None => {

@@ -39,11 +39,11 @@ pub(crate) fn page(directory: &dyn Inode, path: &[u8]) -> Result<String> {
     html.try_reserve(512 + entries.len() * 128).map_err(|_| FsError::NoMemory)?;
     let title = escape_html(&String::from_utf8_lossy(path));
     // Writing to a String cannot fail.
-    let _ = write!(
+    let _ = writeln!(
         html,
         "<!DOCTYPE html><html><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
          <title>Index of {title}</title><style>body{{font:14px/1.5 system-ui,sans-serif;margin:2em}}\
-         td{{padding:0 1.5em 0 0}}td.n{{text-align:right}}</style></head><body><h1>Index of {title}</h1><table>\n"
+         td{{padding:0 1.5em 0 0}}td.n{{text-align:right}}</style></head><body><h1>Index of {title}</h1><table>"
     );
     if path != b"/" {
         html.push_str("<tr><td><a href=\"../\">../</a></td><td></td><td></td></tr>\n");

@@ -1,1 +1,46 @@
-//! An application that checks its own kernel and prints the verdicts as JSON lines.
+//! An application that checks its own kernel from the inside and prints the verdicts as JSON lines.
+//!
+//! It runs on every target, unchanged: the conformance suite against the host, files of the mounted disks against the
+//! checksums that came with them, and the network stack against itself and its neighbours. The last line is
+//! `{"selftest":"done","failed":N}`; the exit status says the same.
+//!
+//! Disks it knows: a file `/SHA256SUMS` (`<hex>  <path>` a line, as sha256sum(1) writes) is checked whole; a FAT
+//! file system mounted at `/fat` is checked in the same way, and written to when it is not read-only.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod files;
+mod network;
+mod report;
+
+use alloc::sync::Arc;
+use anykernel::Kernel;
+use hypercall::{ExitStatus, Host};
+use report::Report;
+
+/// Runs every check. Context: the application's thread. Blocks.
+pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
+    let mut report = Report::new(kernel.host());
+    let groups: &[&str] = &["conformance", "ext4", "fat", "tmpfs", "network"];
+    let wanted = kernel.config().app.get(1..).unwrap_or_default();
+    if let Some(unknown) = wanted.iter().find(|name| !groups.contains(&name.as_str())) {
+        log::error!("selftest: unknown group {unknown}; known are {}", groups.join(", "));
+        return ExitStatus::Usage;
+    }
+    let runs = |group: &str| wanted.is_empty() || wanted.iter().any(|name| name == group);
+
+    if runs("ext4") {
+        files::checksums(kernel, &mut report, "ext4", b"/");
+        files::read_only(kernel, &mut report);
+    }
+    if runs("fat") {
+        files::checksums(kernel, &mut report, "fat", b"/fat");
+        files::read_write(kernel, &mut report, "fat", b"/fat");
+    }
+    if runs("network") {
+        network::run(kernel, &mut report);
+    }
+    report.finish()
+}
