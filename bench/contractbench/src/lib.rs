@@ -12,7 +12,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::Kernel;
 use core::hint::black_box;
-use hypercall::{Console, ExitStatus, Host};
+use hypercall::{ExitStatus, Host};
 
 const CALLS: u32 = 1_000_000;
 const RUNS: usize = 11;
