@@ -5,8 +5,14 @@
 //! it; [`qemu`] is what it needs to run the other targets.
 #![deny(unsafe_code)]
 
+mod disk;
+mod host;
 pub mod interrupt;
+pub mod link;
 pub mod qemu;
 mod spec;
 
+pub use disk::HostDisk;
+pub use host::{ConsoleSink, ConsoleText, DomainExit, HostOwner, HostSetup, PosixHost};
+pub use link::Link;
 pub use spec::{DiskSpec, Failure, NetSpec, Publish, RunSpec};
