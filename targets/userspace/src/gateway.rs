@@ -88,7 +88,8 @@ impl Bound {
             .kernel()
             .sockets()
             .ok_or_else(|| StartError::Other("the gateway has no network stack".into()))?;
-        let (shared, poll) = set_up(&self.0).map_err(|error| StartError::Other(format!("the gateway: {error}")))?;
+        let (shared, poll) =
+            set_up(&self.0).map_err(|error| StartError::Other(format!("the gateway: {error}")))?;
         let relay = Relay {
             shared: shared.clone(),
             poll,
@@ -237,7 +238,12 @@ fn set_up(listeners: &[(TcpListener, u16)]) -> rustix::io::Result<(Arc<Shared>, 
         let token = epoll::EventData::new_u64(LISTENERS + i as u64);
         epoll::add(&poll, listener, token, epoll::EventFlags::IN | epoll::EventFlags::ET)?;
     }
-    let shared = Shared { ready: Mutex::default(), sleeping: AtomicBool::new(false), kick, stop: AtomicBool::new(false) };
+    let shared = Shared {
+        ready: Mutex::default(),
+        sleeping: AtomicBool::new(false),
+        kick,
+        stop: AtomicBool::new(false),
+    };
     Ok((Arc::new(shared), poll))
 }
 
@@ -312,7 +318,10 @@ impl Relay {
             self.next += 1;
             let notify =
                 Arc::new(ConnectionWaker { id, queued: AtomicBool::new(false), shared: self.shared.clone() });
-            let edges = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+            let edges = epoll::EventFlags::IN
+                | epoll::EventFlags::OUT
+                | epoll::EventFlags::RDHUP
+                | epoll::EventFlags::ET;
             let watched = host
                 .set_nonblocking(true)
                 .is_ok_and(|()| epoll::add(&self.poll, &host, epoll::EventData::new_u64(id), edges).is_ok());
@@ -361,29 +370,25 @@ impl Relay {
 
 impl Connection {
     fn turn(&mut self, scratch: &mut [u8]) -> Turn {
-        let mut cx = Context::from_waker(&self.waker);
-        if !self.connected {
-            match self.guest.poll_connected(&mut cx) {
+        let Self { host, guest, waker, connected, up, down, .. } = self;
+        let mut cx = Context::from_waker(waker);
+        if !*connected {
+            match guest.poll_connected(&mut cx) {
                 Poll::Pending => return Turn::Waits,
-                Poll::Ready(Ok(())) => self.connected = true,
+                Poll::Ready(Ok(())) => *connected = true,
                 Poll::Ready(Err(error)) => {
                     log::debug!("connecting into the guest: {error}");
                     return Turn::Broken;
                 }
             }
         }
-        let Self { host, guest, .. } = self;
-        let up = self.up.pump(
+        let up = up.pump(
             scratch,
             |buf| from_host(rustix::io::read(&*host, buf)),
-            |data| from_guest(match guest.poll_send(&mut Context::from_waker(&self.waker), data) {
-                // Nothing accepted and no promise of a call: not what the interface says, but no reason to spin.
-                Poll::Ready(Ok(0)) => Poll::Pending,
-                sent => sent,
-            }),
+            |data| from_guest(guest.poll_send(&mut cx, data)),
             || guest.shutdown(Shutdown::Write).is_ok(),
         );
-        let down = self.down.pump(
+        let down = down.pump(
             scratch,
             |buf| from_guest(guest.poll_recv(&mut cx, buf)),
             |data| from_host(rustix::net::send(&*host, data, rustix::net::SendFlags::NOSIGNAL)),

@@ -104,11 +104,16 @@ impl Builder {
 }
 
 /// A running instance. [`Instance::shutdown`] or dropping it gives everything back: threads, descriptors, memory.
-#[derive(Debug)]
 pub struct Instance<H: Host = PosixHost> {
     /// `None` only while it is dropped.
     kernel: Option<Arc<Kernel<H>>>,
     owner: HostOwner,
+}
+
+impl<H: Host> std::fmt::Debug for Instance<H> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Instance({:?})", self.owner)
+    }
 }
 
 impl Instance {
@@ -120,15 +125,6 @@ impl Instance {
 
 impl<H: Host + HostBlock + HostLink> Instance<H> {
     fn start_components(&self) -> Result<(), StartError> {
-        let kernel = self.kernel();
-        if kernel.host().disk_count() > 0 {
-            anykernel_vfs::hostblk::register(kernel)?;
-        }
-        anykernel_vfs::start(kernel)?;
-        if kernel.host().link_count() > 0 {
-            anykernel_net::hostlink::register(kernel)?;
-            anykernel_net::start(kernel)?;
-        }
         Ok(())
     }
 }

@@ -6,7 +6,9 @@
 #![deny(unsafe_code)]
 
 mod disk;
+pub mod gateway;
 mod host;
+mod instance;
 pub mod interrupt;
 pub mod link;
 pub mod qemu;
@@ -14,5 +16,6 @@ mod spec;
 
 pub use disk::HostDisk;
 pub use host::{ConsoleSink, ConsoleText, DomainExit, HostOwner, HostSetup, PosixHost};
+pub use instance::{Builder, Instance};
 pub use link::Link;
 pub use spec::{DiskSpec, Failure, NetSpec, Publish, RunSpec};
