@@ -1,0 +1,572 @@
+//! virtio-blk (VirtIO 1.2, 5.2): a [`BlockDevice`] with many requests in flight on one or several queues.
+//!
+//! Buffers are mapped for the device while their request is in flight. A thread waits for interrupts and polls; whoever
+//! waits for a request polls too. Once that thread has ended with its kernel, [`BlockDevice::poll`] itself waits for
+//! the device, so that file systems can still write back at shutdown.
+
+use crate::dma::{Chain, DmaSlot, MappedBuffer};
+use crate::error::{Error, Fault, Result};
+use crate::queue::{AddError, Queue, QueueOptions, Returned};
+use crate::spec::{blk as spec, feature};
+use crate::transport::{Acknowledger, Attached, Doorbell, Place, Transport};
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use anykernel::Kernel;
+use anykernel::block::{BlockDevice, BlockError, BlockInfo, Op, Rejected, Request};
+use anykernel::counter::Counter;
+use anykernel::sync::Mutex;
+use core::sync::atomic::{AtomicBool, Ordering};
+use hypercall::{CpuId, DeviceHost, DmaDirection, Signal, Width};
+
+/// A request without an answer for this long means that the device is gone.
+const REQUEST_TIMEOUT_NS: u64 = 30_000_000_000;
+/// How often a quiet device is looked at.
+const WATCH_NS: u64 = 5_000_000_000;
+/// Completions taken under one hold of the queue lock.
+const BATCH: usize = 16;
+/// What a driver may count on without `VIRTIO_BLK_F_SEG_MAX` is one segment.
+const DEFAULT_SEGMENTS: u32 = 1;
+/// Requests are planned in pieces of a page of the block cache.
+const PAGE: usize = 4096;
+const MAX_REQUEST_BYTES: usize = 1 << 20;
+/// What the driver writes where the device puts its status, to see that it did.
+const NO_STATUS: u8 = 0xff;
+
+struct Pending {
+    request: Request,
+    bytes: u32,
+    submitted_ns: u64,
+}
+
+struct BlkQueue<H: DeviceHost> {
+    queue: Queue<H, Pending>,
+    doorbell: Doorbell<H>,
+    /// Headers not in use.
+    headers: Vec<DmaSlot<H>>,
+}
+
+struct Finished {
+    request: Request,
+    result: Result<(), BlockError>,
+}
+
+/// A virtio block device.
+pub(crate) struct Blk<H: DeviceHost> {
+    host: H,
+    place: Place,
+    info: BlockInfo,
+    max_segments: usize,
+    max_segment: usize,
+    legacy: bool,
+    /// `None` once the device was given up.
+    queues: Vec<Mutex<H, Option<BlkQueue<H>>>>,
+    transport: Mutex<H, Transport<H>>,
+    signal: Arc<Signal>,
+    attached: Vec<Attached>,
+    acknowledger: Option<Acknowledger<H>>,
+    /// Flushes of a device without a cache: done, and handed back at the next poll.
+    instant: Mutex<H, Vec<Request>>,
+    gone: AtomicBool,
+    /// Nobody waits for interrupts (any more): whoever polls waits himself.
+    polled: AtomicBool,
+    errors: Counter,
+    timeouts: Counter,
+}
+
+/// Ring size and segments of a request, by the memory of the domain.
+fn budget(memory_bytes: u64) -> (u16, u16) {
+    match memory_bytes >> 20 {
+        0..24 => (16, 32),
+        24..96 => (64, 64),
+        _ => (128, 128),
+    }
+}
+
+impl<H: DeviceHost> Blk<H> {
+    /// Sets the device up, registers it as `diskN` and starts its thread.
+    pub(crate) fn start(kernel: &Arc<Kernel<H>>, place: Place, mut transport: Transport<H>) -> Result<()> {
+        let device = match Self::set_up(kernel, place, &mut transport) {
+            Ok(parts) => parts.finish(transport),
+            Err(error) => {
+                transport.fail();
+                return Err(error);
+            }
+        };
+        let device = Arc::new(device?);
+        let info = &device.info;
+        log::info!(
+            "{}: {place}, {} sectors of {} bytes, {} queue(s) of {}{}",
+            info.name,
+            info.sectors,
+            info.sector_size,
+            device.queues.len(),
+            info.queue_depth,
+            if info.read_only { ", read-only" } else { "" },
+        );
+        kernel.add_block_device(device.clone());
+        kernel.raise_on_stop(device.signal.clone());
+        let name = info.name.clone();
+        let (thread_kernel, thread_device) = (kernel.clone(), device.clone());
+        if let Err(error) = kernel.spawn(&name, None, move || thread_device.run(&thread_kernel)) {
+            // It works without, only that waiters burn their time.
+            log::warn!("{name}: {error}; polling instead");
+            device.polled.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn set_up(kernel: &Arc<Kernel<H>>, place: Place, transport: &mut Transport<H>) -> Result<Parts<H>> {
+        let host = kernel.host();
+        let features = transport.negotiate(|_| {
+            spec::F_SIZE_MAX | spec::F_SEG_MAX | spec::F_RO | spec::F_BLK_SIZE | spec::F_FLUSH | spec::F_MQ
+        })?;
+        let has = |bit: u64| features & bit != 0;
+        let config32 = |offset| transport.config(offset, Width::U32).map(|v| v as u32);
+
+        let sector_size = if has(spec::F_BLK_SIZE) { config32(spec::CONFIG_BLK_SIZE)? } else { 512 };
+        if !sector_size.is_power_of_two() || !(512..=4096).contains(&sector_size) {
+            return Err(Error::Unsupported("its block size is not 512, 1024, 2048 or 4096 bytes"));
+        }
+        let capacity = transport.config_u64(spec::CONFIG_CAPACITY)?;
+        if capacity.checked_mul(spec::SECTOR).is_none() {
+            return Err(Error::BadDevice("its capacity does not fit 64 bits"));
+        }
+        let max_segment = if has(spec::F_SIZE_MAX) { config32(spec::CONFIG_SIZE_MAX)? } else { u32::MAX };
+        let segments = if has(spec::F_SEG_MAX) { config32(spec::CONFIG_SEG_MAX)? } else { DEFAULT_SEGMENTS };
+        let offered_queues =
+            if has(spec::F_MQ) { transport.config(spec::CONFIG_NUM_QUEUES, Width::U16)? as u16 } else { 1 };
+
+        let (most_entries, most_segments) = budget(host.memory_bytes());
+        let wanted = u32::from(offered_queues).min(host.cpu_count()).max(1) as u16;
+        let vectors = transport.choose_interrupts(wanted);
+        let queue_count = if vectors == 0 { 1 } else { wanted.min(vectors) };
+
+        let mut segments = segments.clamp(1, u32::from(most_segments)) as usize;
+        let indirect = has(feature::INDIRECT_DESC);
+        let mut queues = Vec::new();
+        for index in 0..queue_count {
+            let offered = transport.queue_max(index);
+            if offered < 4 {
+                return Err(Error::BadDevice("its request queue is missing or too small"));
+            }
+            let size = 1 << offered.min(most_entries).ilog2();
+            if !indirect {
+                segments = segments.min(usize::from(size) - 2);
+            }
+            let options = QueueOptions {
+                size,
+                event_idx: has(feature::EVENT_IDX),
+                indirect: if indirect { segments as u16 + 2 } else { 0 },
+                max_segment,
+            };
+            let queue = Queue::new(host, options)?;
+            let depth = usize::from(size) / if indirect { 1 } else { 3 };
+            let headers = DmaSlot::pool(host, spec::HEADER_BYTES + 1, depth)
+                .map_err(|error| Error::Host("allocating request headers", error))?;
+            let doorbell = transport.enable_queue(index, size, queue.addresses(), index)?;
+            queues.push(BlkQueue { queue, doorbell, headers });
+        }
+        let max_request_bytes = request_limit(segments, max_segment as usize, sector_size as usize)?;
+
+        let signal = Arc::new(Signal::new());
+        let mut attached = Vec::new();
+        for vector in 0..vectors.clamp(1, queue_count) {
+            let cpu = CpuId(u32::from(vector) % host.cpu_count().max(1));
+            match transport.attach(vector, cpu, signal.clone()) {
+                Ok(interrupt) => attached.push(interrupt),
+                Err(error) => {
+                    for interrupt in attached {
+                        transport.detach(interrupt);
+                    }
+                    return Err(Error::Host("attaching its interrupt", error));
+                }
+            }
+        }
+        let acknowledger =
+            attached.first().map(|interrupt| transport.acknowledger(*interrupt)).filter(Acknowledger::needed);
+
+        let name = alloc::format!("disk{}", kernel.block_devices().len());
+        let queue_depth = queues.iter().map(|queue| queue.headers.len()).sum();
+        let counter = |what: &str| kernel.counter(&alloc::format!("{name}.{what}"));
+        let (errors, timeouts) = (counter("errors"), counter("timeouts"));
+        Ok(Parts {
+            host,
+            place,
+            info: BlockInfo {
+                name,
+                sector_size,
+                sectors: capacity / (u64::from(sector_size) / spec::SECTOR),
+                read_only: has(spec::F_RO),
+                max_request_bytes,
+                queue_depth,
+                needs_flush: has(spec::F_FLUSH),
+            },
+            max_segments: segments,
+            max_segment: max_segment as usize,
+            queues,
+            signal,
+            attached,
+            acknowledger,
+            errors,
+            timeouts,
+        })
+    }
+
+    /// The thread: waits for interrupts, polls, watches over time.
+    fn run(&self, kernel: &Kernel<H>) {
+        loop {
+            let seen = self.signal.count();
+            if kernel.stopping() || self.gone.load(Ordering::Acquire) {
+                break;
+            }
+            if let Some(acknowledger) = &self.acknowledger {
+                acknowledger.acknowledge();
+            }
+            self.poll_queues();
+            if self.arm() {
+                continue;
+            }
+            let now = self.host.monotonic_ns();
+            if !self.signal.wait(&self.host, seen, Some(now.saturating_add(WATCH_NS))) {
+                self.watch();
+            }
+        }
+        self.polled.store(true, Ordering::Release);
+        // Whoever went to sleep counting on this thread is served before it ends.
+        self.poll();
+    }
+
+    /// Asks every queue for an interrupt. `true`: one has something already.
+    fn arm(&self) -> bool {
+        let mut ready = false;
+        for queue in &self.queues {
+            if let Some(queue) = queue.lock().as_mut() {
+                ready |= queue.queue.enable_interrupts(0);
+            }
+        }
+        ready
+    }
+
+    /// Gives the device up if it asks for it or let a request wait too long.
+    fn watch(&self) {
+        let limit = self.host.monotonic_ns().saturating_sub(REQUEST_TIMEOUT_NS);
+        let late = self.queues.iter().any(|queue| {
+            queue.lock().as_ref().is_some_and(|queue| queue.queue.tokens().any(|p| p.submitted_ns < limit))
+        });
+        if late {
+            self.timeouts.increment();
+            self.give_up(&Fault::Timeout.into());
+        } else if self.transport.lock().needs_reset() {
+            self.give_up(&Error::BadDevice("it asks for a reset"));
+        }
+    }
+
+    fn poll_queues(&self) {
+        let instant = core::mem::take(&mut *self.instant.lock());
+        for request in instant {
+            request.done.clone().complete(request, Ok(()));
+        }
+        for queue in &self.queues {
+            loop {
+                let mut batch = [const { None }; BATCH];
+                let mut fault = None;
+                {
+                    let mut guard = queue.lock();
+                    let Some(queue) = guard.as_mut() else { break };
+                    for place in &mut batch {
+                        match queue.queue.pop() {
+                            Ok(Some(returned)) => *place = Some(self.finish(returned, &mut queue.headers)),
+                            Ok(None) => break,
+                            Err(error) => {
+                                fault = Some(error);
+                                break;
+                            }
+                        }
+                    }
+                }
+                let full = batch.last().is_some_and(Option::is_some);
+                for Finished { request, result } in batch.into_iter().flatten() {
+                    if result.is_err() {
+                        self.errors.increment();
+                    }
+                    request.done.clone().complete(request, result);
+                }
+                if let Some(fault) = fault {
+                    self.give_up(&fault.into());
+                    return;
+                }
+                if !full {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Judges a request that the device returned.
+    fn finish(&self, returned: Returned<H, Pending>, headers: &mut Vec<DmaSlot<H>>) -> Finished {
+        let Returned { token: Pending { mut request, bytes, .. }, chain, len } = returned;
+        let mut status = [NO_STATUS];
+        let _ = chain.slot().copy_out(spec::HEADER_BYTES, &mut status);
+        let (header, data) = chain.into_parts();
+        headers.push(header);
+        request.buffers.extend(data.into_iter().map(MappedBuffer::into_inner));
+        // Legacy devices are known to report wrong lengths (2.7.8.2).
+        let short = request.op == Op::Read && !self.legacy && len <= bytes;
+        let result = if status == [spec::S_OK] && !short { Ok(()) } else { Err(BlockError::Io) };
+        Finished { request, result }
+    }
+
+    /// Resets the device for good and completes what is in flight with [`BlockError::Gone`].
+    fn give_up(&self, why: &Error) {
+        if self.gone.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        log::error!("{}: {}: {why}; giving the device up", self.info.name, self.place);
+        self.errors.increment();
+        self.end();
+        self.signal.raise(&self.host);
+    }
+
+    /// Resets the device and ends every queue.
+    fn end(&self) {
+        let quiet = self.transport.lock().reset();
+        for queue in &self.queues {
+            let Some(BlkQueue { queue, headers, .. }) = queue.lock().take() else { continue };
+            let mut requests = Vec::new();
+            match &quiet {
+                Some(proof) => queue.dismantle(proof, |Pending { mut request, .. }, chain| {
+                    let (_, data) = chain.into_parts();
+                    request.buffers.extend(data.into_iter().map(MappedBuffer::into_inner));
+                    requests.push(request);
+                }),
+                // The device may still write to the buffers: they are lost.
+                None => queue.abandon(|Pending { request, .. }| requests.push(request)),
+            }
+            drop(headers);
+            for request in requests {
+                request.done.clone().complete(request, Err(BlockError::Gone));
+            }
+        }
+    }
+
+    /// Whether the device can do `request` at all.
+    fn check(&self, request: &Request) -> Result<(), BlockError> {
+        if self.gone.load(Ordering::Acquire) {
+            return Err(BlockError::Gone);
+        }
+        if request.op == Op::Flush {
+            return if request.buffers.is_empty() { Ok(()) } else { Err(BlockError::Invalid) };
+        }
+        if request.op == Op::Write && self.info.read_only {
+            return Err(BlockError::ReadOnly);
+        }
+        let sector_size = self.info.sector_size as usize;
+        let (mut bytes, mut segments) = (0usize, 0usize);
+        for buffer in &request.buffers {
+            if buffer.is_empty() || buffer.len() % sector_size != 0 {
+                return Err(BlockError::Invalid);
+            }
+            bytes = bytes.checked_add(buffer.len()).ok_or(BlockError::Invalid)?;
+            segments += buffer.len().div_ceil(self.max_segment);
+        }
+        let end = request.sector.checked_add((bytes / sector_size) as u64);
+        if bytes == 0
+            || bytes > self.info.max_request_bytes
+            || segments > self.max_segments
+            || end.is_none_or(|end| end > self.info.sectors)
+        {
+            return Err(BlockError::Invalid);
+        }
+        Ok(())
+    }
+
+    /// Maps the buffers of `request`, which has none meanwhile.
+    fn map(&self, request: &mut Request) -> Result<Vec<MappedBuffer<H>>, BlockError> {
+        let direction =
+            if request.op == Op::Read { DmaDirection::FromDevice } else { DmaDirection::ToDevice };
+        let mut mapped: Vec<MappedBuffer<H>> = Vec::new();
+        mapped.try_reserve_exact(request.buffers.len()).map_err(|_| BlockError::NoMemory)?;
+        let mut failed = None;
+        let mut left: Vec<Box<[u8]>> = Vec::new();
+        for buffer in request.buffers.drain(..) {
+            if failed.is_some() {
+                left.push(buffer);
+                continue;
+            }
+            match MappedBuffer::new(self.host, buffer, direction) {
+                Ok(buffer) => mapped.push(buffer),
+                Err((buffer, error)) => {
+                    left.push(buffer);
+                    failed = Some(match error {
+                        hypercall::Error::NoMemory => BlockError::NoMemory,
+                        _ => BlockError::Invalid,
+                    });
+                }
+            }
+        }
+        match failed {
+            None => Ok(mapped),
+            Some(error) => {
+                request.buffers.extend(mapped.into_iter().map(MappedBuffer::into_inner));
+                request.buffers.append(&mut left);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Most bytes of a request made of pages, so that any scatter list of pages fits.
+fn request_limit(segments: usize, max_segment: usize, sector_size: usize) -> Result<usize> {
+    if max_segment < 512 {
+        return Err(Error::BadDevice("it takes no segments as large as a sector"));
+    }
+    let pages = segments / PAGE.div_ceil(max_segment);
+    let bytes = if pages > 0 { pages * PAGE } else { segments.saturating_mul(max_segment) };
+    let bytes = bytes.min(MAX_REQUEST_BYTES);
+    if bytes < sector_size {
+        return Err(Error::BadDevice("it takes no requests as large as a sector"));
+    }
+    Ok(bytes - bytes % sector_size)
+}
+
+/// A device that is set up, all but the last step.
+struct Parts<H: DeviceHost> {
+    host: H,
+    place: Place,
+    info: BlockInfo,
+    max_segments: usize,
+    max_segment: usize,
+    queues: Vec<BlkQueue<H>>,
+    signal: Arc<Signal>,
+    attached: Vec<Attached>,
+    acknowledger: Option<Acknowledger<H>>,
+    errors: Counter,
+    timeouts: Counter,
+}
+
+impl<H: DeviceHost> Parts<H> {
+    fn finish(self, mut transport: Transport<H>) -> Result<Blk<H>> {
+        let started = transport.driver_ok();
+        let host = self.host;
+        let device = Blk {
+            host,
+            place: self.place,
+            info: self.info,
+            max_segments: self.max_segments,
+            max_segment: self.max_segment,
+            legacy: transport.is_legacy(),
+            queues: self.queues.into_iter().map(|queue| Mutex::new(host, Some(queue))).collect(),
+            transport: Mutex::new(host, transport),
+            signal: self.signal,
+            attached: self.attached,
+            acknowledger: self.acknowledger,
+            instant: Mutex::new(host, Vec::new()),
+            gone: AtomicBool::new(false),
+            polled: AtomicBool::new(false),
+            errors: self.errors,
+            timeouts: self.timeouts,
+        };
+        // On failure the drop of `device` undoes the rest.
+        started.map(|()| device)
+    }
+}
+
+impl<H: DeviceHost> BlockDevice for Blk<H> {
+    fn info(&self) -> &BlockInfo {
+        &self.info
+    }
+
+    fn submit(&self, mut request: Request) -> Result<(), Rejected> {
+        if let Err(error) = self.check(&request) {
+            return Err(Rejected { request, reason: Some(error) });
+        }
+        if request.op == Op::Flush && !self.info.needs_flush {
+            self.instant.lock().push(request);
+            return Ok(());
+        }
+        let cpu = self.host.current_cpu().0 as usize;
+        let Some(queue) = self.queues.get(cpu % self.queues.len().max(1)) else {
+            return Err(Rejected { request, reason: Some(BlockError::Gone) });
+        };
+        let bytes = request.bytes();
+        let data = match self.map(&mut request) {
+            Ok(data) => data,
+            Err(error) => return Err(Rejected { request, reason: Some(error) }),
+        };
+        let mut guard = queue.lock();
+        let Some(queue) = guard.as_mut() else {
+            return Err(reject(request, data, Some(BlockError::Gone)));
+        };
+        let Some(mut header) = queue.headers.pop() else {
+            return Err(reject(request, data, None));
+        };
+        write_header(&mut header, &request, self.info.sector_size);
+        let chain = Chain::new(header, spec::HEADER_BYTES, 1, data);
+        let pending = Pending { request, bytes: bytes as u32, submitted_ns: self.host.monotonic_ns() };
+        if let Err((chain, pending, error)) = queue.queue.add(chain, pending) {
+            let (header, data) = chain.into_parts();
+            queue.headers.push(header);
+            let reason = match error {
+                AddError::Full => None,
+                AddError::Segments => Some(BlockError::Invalid),
+                AddError::Broken => Some(BlockError::Gone),
+            };
+            return Err(reject(pending.request, data, reason));
+        }
+        if queue.queue.publish() {
+            queue.doorbell.ring();
+        }
+        Ok(())
+    }
+
+    fn poll(&self) {
+        self.poll_queues();
+        if !self.polled.load(Ordering::Acquire) {
+            return;
+        }
+        // Bounded by the request timeout, in the end.
+        while self.queues.iter().any(|queue| queue.lock().as_ref().is_some_and(|q| q.queue.in_flight() > 0)) {
+            self.host.yield_now();
+            self.poll_queues();
+            self.watch();
+        }
+    }
+}
+
+fn write_header<H: DeviceHost>(slot: &mut DmaSlot<H>, request: &Request, sector_size: u32) {
+    let (kind, sector) = match request.op {
+        Op::Read => (spec::T_IN, request.sector),
+        Op::Write => (spec::T_OUT, request.sector),
+        Op::Flush => (spec::T_FLUSH, 0),
+    };
+    // Checked against the capacity before, so this does not overflow.
+    let sector = sector.wrapping_mul(u64::from(sector_size) / spec::SECTOR);
+    let mut header = [0; spec::HEADER_BYTES + 1];
+    let parts = kind.to_le_bytes().into_iter().chain([0; 4]).chain(sector.to_le_bytes()).chain([NO_STATUS]);
+    for (byte, value) in header.iter_mut().zip(parts) {
+        *byte = value;
+    }
+    for (byte, value) in slot.bytes_mut().iter_mut().zip(header) {
+        *byte = value;
+    }
+}
+
+fn reject<H: DeviceHost>(
+    mut request: Request,
+    data: Vec<MappedBuffer<H>>,
+    reason: Option<BlockError>,
+) -> Rejected {
+    request.buffers.extend(data.into_iter().map(MappedBuffer::into_inner));
+    Rejected { request, reason }
+}
+
+impl<H: DeviceHost> Drop for Blk<H> {
+    fn drop(&mut self) {
+        self.end();
+        let transport = self.transport.lock();
+        for interrupt in self.attached.drain(..) {
+            transport.detach(interrupt);
+        }
+    }
+}
