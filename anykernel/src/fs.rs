@@ -246,6 +246,11 @@ pub trait FsType: Send + Sync {
     fn name(&self) -> &'static str;
     /// Whether this kind is on `device`; cheap, reads a few sectors. Kinds without a device say `false`.
     fn probe(&self, device: &Arc<dyn BlockDevice>) -> Result<bool>;
+    /// Why this device cannot be mounted, in one line that says what to do; asked after a mount failed. `None`: nothing
+    /// is known beyond the error.
+    fn explain(&self, _device: &Arc<dyn BlockDevice>) -> Option<String> {
+        None
+    }
     /// Mounts. Refuses with [`FsError::NotAFileSystem`], [`FsError::Corrupt`] or [`FsError::Unsupported`]; `read_only`
     /// also means that nothing at all is written to the device.
     fn mount(&self, device: Option<Arc<dyn BlockDevice>>, read_only: bool) -> Result<Arc<dyn FileSystem>>;

@@ -2,6 +2,7 @@
 //!
 //! [`start`] registers the file systems, finds partitions and performs the mounts of the configuration; applications
 //! then use [`anykernel::fs::Namespace`]. File systems read and write their device through the shared [`cache`].
+//! [`hostblk`] is the driver for disks that the host opens.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -10,6 +11,12 @@ extern crate alloc;
 extern crate std;
 
 pub mod cache;
+mod clock_map;
+pub mod hostblk;
+pub mod namespace;
+mod start;
 #[cfg(test)]
 mod testing;
 pub mod tmpfs;
+
+pub use start::{MANIFEST, start};
