@@ -1,6 +1,7 @@
 //! What happens when the component starts.
 
 use crate::namespace::MountTree;
+use crate::tmpfs::TmpFs;
 use alloc::string::ToString;
 use alloc::sync::Arc;
 use anykernel::fs::{FileKind, FsError, Namespace};
@@ -24,6 +25,7 @@ pub const MANIFEST: Manifest = Manifest {
 /// failed, why, and what to do. Context: thread, after the block drivers.
 pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     kernel.admit(MANIFEST)?;
+    kernel.add_fs_type(Arc::new(TmpFs::new(kernel.host())));
     let tree = MountTree::new(kernel);
     kernel.set_namespace(tree.clone());
     let mounts = &kernel.config().mounts;
