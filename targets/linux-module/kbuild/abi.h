@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0 */
+/*
+ * What the shim offers to Rust and Rust to the shim. src/ffi.rs is the same in Rust; whoever changes a function or a
+ * structure raises AK_ABI_VERSION in both.
+ *
+ * Errors are negative errno values. "Thread" means a thread that ak_thread_spawn() or module start made; every call that
+ * may sleep ends the calling thread instead of returning once the domain is dead.
+ */
+#ifndef AK_ABI_H
+#define AK_ABI_H
+
+#include <linux/types.h>
+
+#define AK_ABI_MAGIC 0x616b6d6fu
+#define AK_ABI_VERSION 1u
+#define AK_NO_DEADLINE U64_MAX
+#define AK_ANY_CPU U32_MAX
+
+struct ak_disk_info {
+	u64 sectors;
+	u32 sector_size;
+	u32 read_only;
+};
+
+struct ak_link_info {
+	u8 mac[6];
+	u16 mtu;
+};
+
+/* What the shim was compiled with. Rust compares it with its own before anything else runs. */
+struct ak_abi {
+	u32 magic;
+	u32 version;
+	u32 abi_size;
+	u32 disk_info_size;
+	u32 link_info_size;
+	u32 page_size;
+};
+
+/* Rust, called by the shim. */
+int ak_rust_check(const struct ak_abi *abi);	/* 0 or -EINVAL; context: any */
+void ak_rust_main(void);			/* the first thread's whole life */
+void ak_rust_thread(void *entry);		/* the whole life of every other thread */
+void ak_rust_stop(void);			/* asks ak_rust_main to return; context: any */
+void ak_rust_raise(const void *signal);		/* raises a signal that a link got; context: any */
+
+/* The shim, called by Rust. Context: thread unless it says "any". */
+u64 ak_monotonic_ns(void);			/* any */
+u64 ak_realtime_ns(void);			/* any */
+
+/* Aligned to 8; to min(size, page) if size is a power of two; to a page from a page on. */
+void *ak_heap_alloc(size_t size);
+void *ak_heap_realloc(void *ptr, size_t size, size_t new_size);
+void ak_heap_free(void *ptr, size_t size);
+void *ak_pages_alloc(size_t count);		/* zeroed */
+void ak_pages_free(void *base, size_t count);
+u64 ak_memory_bytes(void);			/* any */
+
+int ak_thread_spawn(const char *name, size_t name_len, u32 cpu, void *entry, u64 *id);
+int ak_thread_join(u64 id);
+void ak_yield(void);
+enum { AK_WOKEN, AK_CHANGED, AK_TIMED_OUT };
+int ak_park(const u32 *word, u32 expected, u64 deadline_ns);
+u32 ak_unpark(const u32 *word, u32 count);	/* any */
+u32 ak_cpu_count(void);				/* any */
+u32 ak_current_cpu(void);			/* any */
+
+int ak_random(void *buf, size_t len);
+ssize_t ak_param(const char *key, size_t key_len, void *buf, size_t len);
+void ak_console(const char *text, size_t len);	/* any */
+void ak_started(int error);			/* lets insmod return: 0 or a negative errno */
+void ak_app_ended(u32 status);
+void ak_exit(u32 status) __noreturn;
+
+u32 ak_disk_count(void);			/* any */
+int ak_disk_info(u32 disk, struct ak_disk_info *info);
+int ak_disk_read(u32 disk, u64 sector, void *buf, size_t len);
+int ak_disk_write(u32 disk, u64 sector, const void *buf, size_t len);
+int ak_disk_flush(u32 disk);
+
+u32 ak_link_count(void);			/* any */
+int ak_link_open(u32 link, const void *signal, struct ak_link_info *info);
+int ak_link_send(u32 link, const void *frame, size_t len);
+ssize_t ak_link_receive(u32 link, void *buf, size_t len);
+const void *ak_link_close(u32 link);		/* the signal, which nobody raises any more; or NULL */
+
+#endif
