@@ -2,6 +2,7 @@
 /* Loading and unloading, parameters, console. */
 #include "shim.h"
 #include <linux/completion.h>
+#include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/mm.h>
 #include <linux/module.h>

@@ -74,7 +74,7 @@ static void ak_thread_leave(struct ak_thread *t)
 	kthread_complete_and_exit(&t->done, 0);
 }
 
-void ak_thread_quit(void)
+static void __noreturn ak_quit(void)
 {
 	struct ak_thread *t;
 
@@ -85,6 +85,11 @@ void ak_thread_quit(void)
 	/* The joiner frees our stack, so the last steps are made on the kernel's. What was on it is not needed any more. */
 	call_on_stack(((t->kernel_sp - 512) & ~15UL), ak_thread_leave, ASM_CALL_ARG1, AK_RUN_ARGS);
 	unreachable();
+}
+
+void ak_thread_quit(void)
+{
+	ak_quit();
 }
 
 static int ak_thread_make(struct ak_thread *t, u32 cpu, const char *name, size_t name_len)
@@ -368,7 +373,7 @@ void ak_exit(u32 status)
 		pr_err("the domain ended with status %u; rmmod " KBUILD_MODNAME " removes what is left of it\n", status);
 	ak_stopped_early();
 	ak_wake_all();
-	ak_thread_quit();
+	ak_quit();
 }
 
 /* ---- time ---- */

@@ -177,11 +177,7 @@ impl HostBlock for LinuxHost {
         let mut info = ffi::DiskInfo::default();
         // SAFETY: `info` is ours to write.
         check(unsafe { ffi::ak_disk_info(disk, &raw mut info) })?;
-        Ok(DiskInfo {
-            sector_size: info.sector_size,
-            sectors: info.sectors,
-            read_only: info.read_only != 0,
-        })
+        Ok(DiskInfo { sector_size: info.sector_size, sectors: info.sectors, read_only: info.read_only != 0 })
     }
 
     fn disk_read(&self, disk: u32, sector: u64, buf: &mut [u8]) -> Result<()> {

@@ -51,8 +51,10 @@ pub struct Module {
 /// The release that headers are for. The error is one line that says what to do.
 pub fn release(kernel: &Path) -> Result<String, String> {
     let shown = kernel.display();
-    let file = kernel.join("include/config/kernel.release");
-    let release = fs::read_to_string(&file).map_err(|_| {
+    let file = kernel.join("include/generated/utsrelease.h");
+    // #define UTS_RELEASE "6.1.0-56-cloud-amd64"
+    let text = fs::read_to_string(&file).unwrap_or_default();
+    let release = text.split('"').nth(1).ok_or_else(|| {
         format!(
             "{shown} holds no built kernel headers: give a directory as /lib/modules/$(uname -r)/build \
              (Debian: apt-get install linux-headers-$(uname -r))"
@@ -63,7 +65,7 @@ pub fn release(kernel: &Path) -> Result<String, String> {
             "{shown} has no Module.symvers: build that kernel first, or install its headers package"
         ));
     }
-    Ok(release.trim().into())
+    Ok(release.into())
 }
 
 /// Builds the module; does little if it is up to date.
@@ -124,7 +126,15 @@ fn cargo(workspace: &Path, target_dir: &Path) -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .current_dir(workspace)
-        .args(["rustc", "--release", "--package", "anykernel-linux-module", "--lib", "--crate-type", "staticlib"])
+        .args([
+            "rustc",
+            "--release",
+            "--package",
+            "anykernel-linux-module",
+            "--lib",
+            "--crate-type",
+            "staticlib",
+        ])
         .args(["-Zbuild-std=core,alloc", "--target", TARGET, "--target-dir"])
         .arg(target_dir)
         // Building core is not stable, though it has worked for years.
