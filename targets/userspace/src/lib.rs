@@ -5,13 +5,17 @@
 //! it; [`qemu`] is what it needs to run the other targets.
 #![deny(unsafe_code)]
 
+pub mod apps;
 mod disk;
 pub mod gateway;
 mod host;
 mod instance;
 pub mod interrupt;
 pub mod link;
+pub mod logger;
+pub mod plan;
 pub mod qemu;
+pub mod runner;
 mod spec;
 
 pub use disk::HostDisk;

@@ -1,0 +1,179 @@
+//! `IMAGE[:PARTITION]:/path`, and the file system behind it.
+
+use anykernel::config::{Config, Mount};
+use anykernel::fs::{DirEntry, FileKind, FsError, Inode, Namespace};
+use anykernel_userspace::{ConsoleSink, Failure, HostDisk, Instance, plan};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// A place in an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ImagePath {
+    pub(super) image: PathBuf,
+    pub(super) partition: Option<u32>,
+    /// Absolute.
+    pub(super) path: String,
+}
+
+impl ImagePath {
+    /// `None`: no place in an image, but a path of this host.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let (image, path) = match text.split_once(":/") {
+            Some((image, path)) => (image, format!("/{path}")),
+            None => (text.strip_suffix(':')?, "/".to_string()),
+        };
+        if image.is_empty() {
+            return None;
+        }
+        let (image, partition) = match image.rsplit_once(':') {
+            Some((left, number)) if !left.is_empty() => match number.strip_prefix('p').unwrap_or(number).parse() {
+                Ok(number) => (left, Some(number)),
+                Err(_) => (image, None),
+            },
+            _ => (image, None),
+        };
+        Some(Self { image: image.into(), partition, path })
+    }
+
+    /// As it was written, with another path.
+    fn shown(&self, path: &str) -> String {
+        match self.partition {
+            Some(partition) => format!("{}:{partition}:{path}", self.image.display()),
+            None => format!("{}:{path}", self.image.display()),
+        }
+    }
+
+    /// Opens the image. Nothing is written to it unless `writable`.
+    pub(super) fn mount(&self, writable: bool) -> Result<Mounted, Failure> {
+        let found = plan::find_file_system(&self.image, self.partition)?;
+        let mount =
+            Mount { source: found.device, target: "/".into(), kind: Some(found.kind.clone()), read_only: !writable };
+        let config = Config { log: "warn".into(), mounts: vec![mount], ..Config::default() };
+        let instance = Instance::builder()
+            .console(ConsoleSink::Stderr)
+            .config(config)
+            .disk(HostDisk::open(&self.image, writable)?)
+            .start()
+            .map_err(|error| Failure::new(format!("{}: {error}", self.image.display())))?;
+        let names = instance
+            .kernel()
+            .namespace()
+            .ok_or_else(|| Failure::new("this build has no file systems"))?;
+        Ok(Mounted { names, place: self.clone(), kind: found.kind, instance })
+    }
+}
+
+impl FromStr for ImagePath {
+    type Err = String;
+    /// For commands that only know images: without a path the root is meant.
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::parse(text)
+            .or_else(|| Self::parse(&format!("{text}:/")))
+            .ok_or_else(|| "write IMAGE:/path or IMAGE:PARTITION:/path".into())
+    }
+}
+
+/// An image in use.
+pub(super) struct Mounted {
+    pub(super) names: Arc<dyn Namespace>,
+    pub(super) place: ImagePath,
+    pub(super) kind: String,
+    instance: Instance,
+}
+
+impl Mounted {
+    /// A failure about a path of this image.
+    pub(super) fn failure(&self, path: &str, error: FsError) -> Failure {
+        let shown = self.place.shown(path);
+        Failure::new(match error {
+            FsError::ReadOnly => format!("{shown}: {} file systems are read-only here", self.kind),
+            FsError::Corrupt => format!("{shown}: the file system is corrupt there: look with fsck"),
+            error => format!("{shown}: {error}"),
+        })
+    }
+
+    pub(super) fn resolve(&self, path: &str, follow: bool) -> Result<Arc<dyn Inode>, Failure> {
+        self.names.resolve(path.as_bytes(), follow).map_err(|error| self.failure(path, error))
+    }
+
+    /// All entries but `.` and `..`, by name.
+    pub(super) fn entries(&self, directory: &Arc<dyn Inode>, path: &str) -> Result<Vec<DirEntry>, Failure> {
+        let mut entries = Vec::new();
+        let mut cursor = Some(0);
+        while let Some(from) = cursor {
+            cursor = directory
+                .read_dir(from, &mut |entry| {
+                    if entry.name != b"." && entry.name != b".." {
+                        entries.push(entry);
+                    }
+                    true
+                })
+                .map_err(|error| self.failure(path, error))?;
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    /// What a path resolves to, if it is a directory.
+    pub(super) fn is_directory(&self, path: &str) -> bool {
+        self.names
+            .resolve(path.as_bytes(), true)
+            .and_then(|inode| inode.metadata())
+            .is_ok_and(|metadata| metadata.kind == FileKind::Directory)
+    }
+
+    /// Writes everything out and ends the instance.
+    pub(super) fn finish(self) -> Result<(), Failure> {
+        let result = self.names.sync().map_err(|error| self.failure("/", error));
+        let Self { names, instance, .. } = self;
+        drop(names);
+        instance.shutdown();
+        result
+    }
+}
+
+/// A name as it is safe to show: control characters and what is not UTF-8 are escaped, because an image may hold
+/// anything.
+pub(super) fn shown(name: &[u8]) -> String {
+    String::from_utf8_lossy(name)
+        .chars()
+        .flat_map(|c| {
+            let escape = c.is_control();
+            escape.then(|| c.escape_default()).into_iter().flatten().chain((!escape).then_some(c))
+        })
+        .collect()
+}
+
+/// `directory/name`.
+pub(super) fn join(directory: &str, name: &[u8]) -> String {
+    format!("{}/{}", directory.trim_end_matches('/'), String::from_utf8_lossy(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(text: &str) -> Option<(String, Option<u32>, String)> {
+        ImagePath::parse(text).map(|place| (place.image.display().to_string(), place.partition, place.path))
+    }
+
+    #[test]
+    fn places() {
+        assert_eq!(parts("a.img:/etc/x"), Some(("a.img".into(), None, "/etc/x".into())));
+        assert_eq!(parts("a.img:2:/etc"), Some(("a.img".into(), Some(2), "/etc".into())));
+        assert_eq!(parts("a.img:p2:/"), Some(("a.img".into(), Some(2), "/".into())));
+        assert_eq!(parts("a.img:"), Some(("a.img".into(), None, "/".into())));
+        assert_eq!(parts("a:b.img:/x:/y"), Some(("a:b.img".into(), None, "/x:/y".into())));
+        assert_eq!(parts("file.txt"), None);
+        assert_eq!(parts(":/x"), None);
+        assert_eq!("a.img".parse::<ImagePath>().unwrap().path, "/");
+        assert_eq!("a.img:1".parse::<ImagePath>().unwrap().partition, Some(1));
+    }
+
+    #[test]
+    fn names_cannot_drive_the_terminal() {
+        assert_eq!(shown(b"a\x1b[31mb\n"), "a\\u{1b}[31mb\\n");
+        assert_eq!(shown("grün".as_bytes()), "grün");
+    }
+}

@@ -1,0 +1,78 @@
+//! The command line: what it understands. Each subcommand has a file of its own.
+
+mod copy;
+mod files;
+mod image;
+mod manifest;
+mod run;
+mod size;
+
+use anykernel_userspace::{Failure, interrupt, logger};
+use clap::{Parser, Subcommand};
+use hypercall::ExitStatus;
+use std::process::ExitCode;
+
+/// Drivers and stacks of an anykernel, in a process, as a unikernel, or inside Linux.
+#[derive(Parser)]
+#[command(name = "anykernel", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "Examples:
+  anykernel demo                                        serve a small web site from an ext4 image
+  anykernel run httpd --disk doc.ext4 --publish 8080:80  serve your own image
+  anykernel ls -l disk.img:2:/etc                       list a directory on partition 2, without root
+
+Exit status: 0 it worked, 1 it failed, 2 it was asked for something that makes no sense.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Run),
+    Demo(run::Demo),
+    Ls(files::Ls),
+    Tree(files::Tree),
+    Stat(files::Stat),
+    Cat(files::Cat),
+    Cp(files::Cp),
+    Manifest(manifest::Manifest),
+    Schema(manifest::Schema),
+}
+
+/// The whole command: parses, runs, and turns the outcome into an exit status.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logger::init("warn");
+    interrupt::install();
+    let result = match cli.command {
+        Command::Run(command) => command.run(),
+        Command::Demo(command) => command.run(),
+        Command::Ls(command) => command.run(),
+        Command::Tree(command) => command.run(),
+        Command::Stat(command) => command.run(),
+        Command::Cat(command) => command.run(),
+        Command::Cp(command) => command.run(),
+        Command::Manifest(command) => command.run(),
+        Command::Schema(command) => command.run(),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status.code()),
+        Err(failure) => {
+            if !failure.line.is_empty() {
+                eprintln!("anykernel: {failure}");
+            }
+            ExitCode::from(failure.status.code())
+        }
+    }
+}
+
+/// What a subcommand comes to.
+type Outcome = Result<ExitStatus, Failure>;
+
+/// Standard output cannot be written. If nobody reads it any more, as in `| head`, there is nothing to say.
+fn output_failure(error: std::io::Error) -> Failure {
+    match error.kind() {
+        std::io::ErrorKind::BrokenPipe => Failure::new(""),
+        _ => Failure::new(format!("standard output: {error}")),
+    }
+}

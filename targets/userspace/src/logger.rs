@@ -1,0 +1,39 @@
+//! Messages of components, through the `log` crate, to standard error.
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use std::io::Write;
+
+struct Logger;
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let level = match record.level() {
+            Level::Error => "error: ",
+            Level::Warn => "warning: ",
+            Level::Info => "",
+            Level::Debug => "debug: ",
+            Level::Trace => "trace: ",
+        };
+        // One write, so that lines of several threads do not mix. A standard error that is gone swallows it.
+        let line = format!("{level}{}\n", record.args());
+        let _ = std::io::stderr().lock().write_all(line.as_bytes());
+    }
+
+    fn flush(&self) {}
+}
+
+/// Shows messages up to `level`; the environment variable `ANYKERNEL_LOG` overrides it.
+pub fn init(level: &str) {
+    let wanted = std::env::var("ANYKERNEL_LOG").ok();
+    let level = wanted.as_deref().unwrap_or(level).parse().unwrap_or(LevelFilter::Info);
+    // Fails only when there is a logger already, which is as good.
+    let _ = log::set_logger(&Logger);
+    log::set_max_level(level);
+}

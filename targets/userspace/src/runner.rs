@@ -1,0 +1,152 @@
+//! Running one application, as `anykernel run` does.
+
+use crate::gateway::{self, Bound, Gateway};
+use crate::link::{Pcap, Tap};
+use crate::{ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, RunSpec, apps, interrupt, qemu};
+use anykernel::StartError;
+use hypercall::{ExitStatus, Host, HostBlock, HostLink};
+use serde_json::json;
+use std::io::Write;
+use std::sync::Arc;
+
+/// Where an application runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// This process.
+    Userspace,
+    /// A unikernel in QEMU.
+    Rumprun,
+    /// A Linux kernel in QEMU that loads the module.
+    LinuxModule,
+}
+
+/// Less is refused: no component can work in it.
+pub const LEAST_MEMORY: u64 = 4 << 20;
+
+/// Runs `spec.config.app` on `target` to its end. Failures are lines for a person.
+pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
+    check(spec)?;
+    match target {
+        Target::Userspace => userspace(spec),
+        Target::Rumprun => qemu::rumprun::run(spec),
+        Target::LinuxModule => qemu::linux_module::run(spec),
+    }
+}
+
+/// What can be said before anything starts.
+fn check(spec: &RunSpec) -> Result<(), Failure> {
+    let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
+    let names = || apps::APPS.iter().map(|(name, _)| *name);
+    if !names().any(|name| name == app) {
+        let hint = match apps::nearest(app, names()) {
+            Some(name) => format!("did you mean {name}?"),
+            None => format!("there are {}", names().collect::<Vec<_>>().join(", ")),
+        };
+        return Err(Failure::usage(format!("no application is called {app:?}: {hint}")));
+    }
+    if !spec.publish.is_empty() && spec.net != NetSpec::User {
+        return Err(Failure::usage("--publish works with --net user only: a TAP's guest has an address of its own"));
+    }
+    if spec.memory.is_some_and(|bytes| bytes < LEAST_MEMORY) {
+        return Err(Failure::usage(format!("too little memory: give at least --memory {}M", LEAST_MEMORY >> 20)));
+    }
+    for mount in &spec.config.mounts {
+        let disk = mount.source.strip_prefix("disk").map(|rest| rest.split('p').next().unwrap_or(rest));
+        let Some(disk) = disk else { continue };
+        let known = disk.parse().is_ok_and(|index: usize| index < spec.disks.len());
+        if !known {
+            let there = match spec.disks.len() {
+                0 => "no disk is attached: add --disk FILE".into(),
+                n => format!("the disks are disk0 to disk{}", n - 1),
+            };
+            return Err(Failure::usage(format!("no device is called {:?}: {there}", mount.source)));
+        }
+    }
+    // Opened here for the message only; each target opens them its own way.
+    for disk in &spec.disks {
+        drop(HostDisk::open(&disk.path, disk.writable)?);
+    }
+    Ok(())
+}
+
+fn start_failure(error: StartError) -> Failure {
+    match error {
+        StartError::Config(line) => Failure::usage(line),
+        error => Failure::new(error.to_string()),
+    }
+}
+
+/// Says something about the run: as an event on standard output, or for a person on standard error.
+fn announce(spec: &RunSpec, event: &serde_json::Value, line: &str) {
+    // Nobody listens: nothing is lost.
+    if spec.json {
+        let _ = writeln!(std::io::stdout(), "{event}");
+    } else {
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
+}
+
+/// Runs in this process.
+fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
+    let mut builder = Instance::builder()
+        .cpus(spec.cpus)
+        .memory(spec.memory.unwrap_or(0))
+        .config(spec.config.clone())
+        .console(ConsoleSink::Stdout { json: spec.json });
+    for disk in &spec.disks {
+        builder = builder.disk(HostDisk::open(&disk.path, disk.writable)?);
+    }
+    if let Some(path) = &spec.pcap {
+        builder = builder.pcap(Arc::new(Pcap::create(path)?));
+    }
+    let mut published = Vec::new();
+    let mut gateway = None;
+    match &spec.net {
+        NetSpec::None => {}
+        NetSpec::Tap(name) => builder = builder.link(Link::Tap(Tap::open_interface(name)?)),
+        NetSpec::User => {
+            let bound: Bound = gateway::bind(&spec.publish)?;
+            published = bound.addresses();
+            let (running, link) = bound.start().map_err(start_failure)?;
+            gateway = Some(running);
+            builder = builder.link(link);
+        }
+    }
+    let instance = builder.start().map_err(start_failure)?;
+    run_instance(spec, &instance, gateway, &published)
+}
+
+fn run_instance<H: Host + HostBlock + HostLink>(
+    spec: &RunSpec,
+    instance: &Instance<H>,
+    gateway: Option<Gateway>,
+    published: &[(std::net::SocketAddr, u16)],
+) -> Result<ExitStatus, Failure> {
+    let kernel = instance.kernel().clone();
+    let stop = Arc::downgrade(&kernel);
+    let guard = interrupt::on_interrupt(move || {
+        if let Some(kernel) = stop.upgrade() {
+            kernel.stop();
+        }
+    });
+    for (host, guest) in published {
+        announce(
+            spec,
+            &json!({ "event": "publish", "host": host.to_string(), "guest": guest }),
+            &format!("published: {host} leads to port {guest} of the guest; Ctrl-C ends it"),
+        );
+    }
+    let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
+    let status = instance.run(|kernel| apps::run(app, kernel).unwrap_or(ExitStatus::Usage));
+    drop(guard);
+    // Clients are cut off before the stack behind them goes.
+    drop(gateway);
+    if spec.json {
+        let counters: serde_json::Map<_, _> =
+            kernel.counters().into_iter().map(|(name, value)| (name, value.into())).collect();
+        announce(spec, &json!({ "event": "exit", "status": status.code(), "counters": counters }), "");
+    }
+    drop(kernel);
+    Ok(status)
+}
+
