@@ -26,7 +26,9 @@ pub fn run<H: Host>(name: &str, kernel: &Arc<Kernel<H>>) -> Option<ExitStatus> {
 /// The candidate that `word` was probably meant to be.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let all = candidates.into_iter().map(|candidate| (distance(word, candidate), candidate));
-    all.min().filter(|(distance, candidate)| *distance <= candidate.len().max(word.len()) / 2).map(|(_, name)| name)
+    all.min()
+        .filter(|(distance, candidate)| *distance <= candidate.len().max(word.len()) / 2)
+        .map(|(_, name)| name)
 }
 
 /// Levenshtein's distance.

@@ -93,7 +93,7 @@ impl HostDisk {
     fn offset(&self, sector: u64, len: usize) -> Result<u64> {
         let size = u64::from(self.info.sector_size);
         let len = len as u64;
-        if len % size != 0 {
+        if !len.is_multiple_of(size) {
             return Err(Error::Invalid);
         }
         let end = sector.checked_add(len / size).ok_or(Error::Invalid)?;

@@ -125,7 +125,11 @@ impl Instance {
 
 impl<H: Host + HostBlock + HostLink> Instance<H> {
     fn start_components(&self) -> Result<(), StartError> {
-        Ok(())
+        let kernel = self.kernel();
+        if kernel.host().disk_count() > 0 {
+            anykernel_vfs::hostblk::register(kernel)?;
+        }
+        anykernel_vfs::start(kernel)
     }
 }
 

@@ -72,12 +72,16 @@ fn explain(shown: &str, kind: Option<&str>, error: FsError) -> Failure {
     let check = if kind == "ext4" { "e2fsck -n" } else { "fsck" };
     Failure::new(match error {
         FsError::Corrupt => {
-            format!("{shown}: the {kind} file system is corrupt or the image is cut short: look with `{check} {shown}`")
+            format!(
+                "{shown}: the {kind} file system is corrupt or the image is cut short: look with `{check} {shown}`"
+            )
         }
         FsError::NotAFileSystem => {
             format!("{shown}: no file system that is known here (ext4, FAT): is it a raw image?")
         }
-        FsError::Unsupported => format!("{shown}: its {kind} file system has features that are not supported here"),
+        FsError::Unsupported => {
+            format!("{shown}: its {kind} file system has features that are not supported here")
+        }
         FsError::NoMemory => format!("{shown}: too little memory to mount it: give more with --memory"),
         error => format!("{shown}: cannot mount {kind} file system: {error}"),
     })

@@ -45,10 +45,15 @@ fn check(spec: &RunSpec) -> Result<(), Failure> {
         return Err(Failure::usage(format!("no application is called {app:?}: {hint}")));
     }
     if !spec.publish.is_empty() && spec.net != NetSpec::User {
-        return Err(Failure::usage("--publish works with --net user only: a TAP's guest has an address of its own"));
+        return Err(Failure::usage(
+            "--publish works with --net user only: a TAP's guest has an address of its own",
+        ));
     }
     if spec.memory.is_some_and(|bytes| bytes < LEAST_MEMORY) {
-        return Err(Failure::usage(format!("too little memory: give at least --memory {}M", LEAST_MEMORY >> 20)));
+        return Err(Failure::usage(format!(
+            "too little memory: give at least --memory {}M",
+            LEAST_MEMORY >> 20
+        )));
     }
     for mount in &spec.config.mounts {
         let disk = mount.source.strip_prefix("disk").map(|rest| rest.split('p').next().unwrap_or(rest));
@@ -149,4 +154,3 @@ fn run_instance<H: Host + HostBlock + HostLink>(
     drop(kernel);
     Ok(status)
 }
-

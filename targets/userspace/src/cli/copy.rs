@@ -4,8 +4,8 @@
 //! is written through.
 
 use super::Outcome;
-use super::image::{ImagePath, Mounted, join, shown};
 use super::files::DEEPEST;
+use super::image::{ImagePath, Mounted, join, shown};
 use anykernel::fs::{FileKind, FsError, Inode, OpenOptions, Timestamp};
 use anykernel_userspace::{Failure, interrupt};
 use clap::Args;
@@ -72,17 +72,20 @@ impl Cp {
         bar.enable_steady_tick(Duration::from_millis(200));
         let mut progress = Progress { bar, buf: vec![0; CHUNK], recursive: self.recursive };
         let result = match ImagePath::parse(&self.to) {
-            Some(to) => self.into_image(&to, &mut progress),
-            None => self.out_of_images(Path::new(&self.to), &mut progress),
+            Some(to) => self.write_image(&to, &mut progress),
+            None => self.read_images(Path::new(&self.to), &mut progress),
         };
         progress.bar.finish_and_clear();
         result.map(|()| ExitStatus::Success)
     }
 
-    fn out_of_images(&self, to: &Path, progress: &mut Progress) -> Result<(), Failure> {
+    fn read_images(&self, to: &Path, progress: &mut Progress) -> Result<(), Failure> {
         let several = self.from.len() > 1;
         if several && !to.is_dir() {
-            return Err(Failure::usage(format!("{} is not a directory: several files need one", to.display())));
+            return Err(Failure::usage(format!(
+                "{} is not a directory: several files need one",
+                to.display()
+            )));
         }
         for from in &self.from {
             let place = ImagePath::parse(from).ok_or_else(|| {
@@ -104,7 +107,7 @@ impl Cp {
         Ok(())
     }
 
-    fn into_image(&self, to: &ImagePath, progress: &mut Progress) -> Result<(), Failure> {
+    fn write_image(&self, to: &ImagePath, progress: &mut Progress) -> Result<(), Failure> {
         if let Some(from) = self.from.iter().find(|from| ImagePath::parse(from).is_some()) {
             return Err(Failure::usage(format!("{from} is in an image, too: copy it to this host first")));
         }
@@ -119,12 +122,16 @@ impl Cp {
         let mounted = to.mount(true)?;
         let into_directory = mounted.is_directory(&to.path);
         if self.from.len() > 1 && !into_directory {
-            return Err(Failure::usage(format!("{} is not a directory of the image: several files need one", to.path)));
+            return Err(Failure::usage(format!(
+                "{} is not a directory of the image: several files need one",
+                to.path
+            )));
         }
         for from in &self.from {
             let from = Path::new(from);
             let name = from.file_name().map(OsStrExt::as_bytes).unwrap_or_default();
-            let target = if into_directory && !name.is_empty() { join(&to.path, name) } else { to.path.clone() };
+            let target =
+                if into_directory && !name.is_empty() { join(&to.path, name) } else { to.path.clone() };
             into(&mounted, from, &target, progress, 0)?;
         }
         mounted.finish()
@@ -155,7 +162,9 @@ fn out(
             match there {
                 // At the top the user's own link to a directory is as good as one.
                 Some(there) if there.is_dir() || depth == 0 && target.is_dir() => {}
-                Some(_) => return Err(Failure::new(format!("{} is there and not a directory", target.display()))),
+                Some(_) => {
+                    return Err(Failure::new(format!("{} is there and not a directory", target.display())));
+                }
                 None => std::fs::create_dir(target).map_err(|error| host_failure(target, &error))?,
             }
             for entry in mounted.entries(inode, path)? {
@@ -216,7 +225,13 @@ fn system_time(time: Timestamp) -> Option<SystemTime> {
 }
 
 /// Copies into an image. `target` is the new file or directory itself.
-fn into(mounted: &Mounted, from: &Path, target: &str, progress: &mut Progress, depth: usize) -> Result<(), Failure> {
+fn into(
+    mounted: &Mounted,
+    from: &Path,
+    target: &str,
+    progress: &mut Progress,
+    depth: usize,
+) -> Result<(), Failure> {
     progress.check()?;
     let fail = |error| mounted.failure(target, error);
     let metadata = from.metadata().map_err(|error| host_failure(from, &error))?;

@@ -247,7 +247,8 @@ impl Tree {
             let child = directory.lookup(&entry.name).map_err(|error| mounted.failure(&full, error))?;
             let metadata = child.metadata().map_err(|error| mounted.failure(&full, error))?;
             let (branch, stem) = if i == last { ("└── ", "    ") } else { ("├── ", "│   ") };
-            let arrow = link_target(&child, &metadata).map(|target| format!(" -> {target}")).unwrap_or_default();
+            let arrow =
+                link_target(&child, &metadata).map(|target| format!(" -> {target}")).unwrap_or_default();
             writeln!(out, "{indent}{branch}{}{arrow}", shown(&entry.name)).map_err(output_failure)?;
             if metadata.kind == FileKind::Directory {
                 count.0 += 1;
@@ -291,10 +292,14 @@ impl Stat {
                 let Metadata { size, allocated, inode, links, uid, gid, .. } = metadata;
                 let arrow = target.map(|target| format!(" -> {target}")).unwrap_or_default();
                 writeln!(out, "    file: {}{arrow}", shown(place.path.as_bytes()))
-                    .and_then(|()| writeln!(out, "    kind: {} on {}", kind_name(metadata.kind), mounted.kind))
+                    .and_then(|()| {
+                        writeln!(out, "    kind: {} on {}", kind_name(metadata.kind), mounted.kind)
+                    })
                     .and_then(|()| writeln!(out, "    size: {size} bytes, {allocated} on the disk"))
                     .and_then(|()| writeln!(out, "   inode: {inode}, {links} links"))
-                    .and_then(|()| writeln!(out, "    mode: {:04o} {}", metadata.mode, mode_string(&metadata)))
+                    .and_then(|()| {
+                        writeln!(out, "    mode: {:04o} {}", metadata.mode, mode_string(&metadata))
+                    })
                     .and_then(|()| writeln!(out, "   owner: {uid}:{gid}"))
                     .and_then(|()| writeln!(out, "modified: {} UTC", date(metadata.modified)))
                     .and_then(|()| writeln!(out, "accessed: {} UTC", date(metadata.accessed)))

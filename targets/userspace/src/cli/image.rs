@@ -27,10 +27,12 @@ impl ImagePath {
             return None;
         }
         let (image, partition) = match image.rsplit_once(':') {
-            Some((left, number)) if !left.is_empty() => match number.strip_prefix('p').unwrap_or(number).parse() {
-                Ok(number) => (left, Some(number)),
-                Err(_) => (image, None),
-            },
+            Some((left, number)) if !left.is_empty() => {
+                match number.strip_prefix('p').unwrap_or(number).parse() {
+                    Ok(number) => (left, Some(number)),
+                    Err(_) => (image, None),
+                }
+            }
             _ => (image, None),
         };
         Some(Self { image: image.into(), partition, path })
@@ -47,8 +49,12 @@ impl ImagePath {
     /// Opens the image. Nothing is written to it unless `writable`.
     pub(super) fn mount(&self, writable: bool) -> Result<Mounted, Failure> {
         let found = plan::find_file_system(&self.image, self.partition)?;
-        let mount =
-            Mount { source: found.device, target: "/".into(), kind: Some(found.kind.clone()), read_only: !writable };
+        let mount = Mount {
+            source: found.device,
+            target: "/".into(),
+            kind: Some(found.kind.clone()),
+            read_only: !writable,
+        };
         let config = Config { log: "warn".into(), mounts: vec![mount], ..Config::default() };
         let instance = Instance::builder()
             .console(ConsoleSink::Stderr)
@@ -56,10 +62,8 @@ impl ImagePath {
             .disk(HostDisk::open(&self.image, writable)?)
             .start()
             .map_err(|error| Failure::new(format!("{}: {error}", self.image.display())))?;
-        let names = instance
-            .kernel()
-            .namespace()
-            .ok_or_else(|| Failure::new("this build has no file systems"))?;
+        let names =
+            instance.kernel().namespace().ok_or_else(|| Failure::new("this build has no file systems"))?;
         Ok(Mounted { names, place: self.clone(), kind: found.kind, instance })
     }
 }

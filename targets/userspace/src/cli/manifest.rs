@@ -49,7 +49,8 @@ impl Manifest {
         }
         let mut out = std::io::stdout().lock();
         for manifest in manifests {
-            let core: Vec<_> = manifest.core.iter().map(|capability| format!("{capability:?}").to_lowercase()).collect();
+            let core: Vec<_> =
+                manifest.core.iter().map(|capability| format!("{capability:?}").to_lowercase()).collect();
             let contracts: Vec<_> = manifest.contracts.iter().map(ToString::to_string).collect();
             let result = if self.json {
                 let line = json!({

@@ -12,7 +12,7 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 /// `struct ifreq` as TUNSETIFF reads it.
 #[repr(C)]
@@ -33,7 +33,7 @@ const FRAMES: u64 = 1;
 /// An attached TAP interface.
 #[derive(Debug)]
 pub struct Tap {
-    device: Arc<OwnedFd>,
+    device: OwnedFd,
     info: LinkInfo,
     watcher: Mutex<Option<Watcher>>,
 }
@@ -84,7 +84,7 @@ impl Tap {
             .filter(|mtu| *mtu >= 576)
             .unwrap_or(1500);
         let info = LinkInfo { mac: random_mac(), mtu };
-        Ok(Self { device: Arc::new(device), info, watcher: Mutex::default() })
+        Ok(Self { device, info, watcher: Mutex::default() })
     }
 
     pub(super) fn info(&self) -> LinkInfo {
@@ -96,12 +96,11 @@ impl Tap {
             let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
             let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
             let edges = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-            epoll::add(&poll, &*self.device, epoll::EventData::new_u64(FRAMES), edges)?;
+            epoll::add(&poll, &self.device, epoll::EventData::new_u64(FRAMES), edges)?;
             epoll::add(&poll, &stop, epoll::EventData::new_u64(STOP), epoll::EventFlags::IN)?;
-            let device = self.device.clone();
             let thread = std::thread::Builder::new()
                 .name("tap".into())
-                .spawn(move || watch(&poll, &device, &listener))
+                .spawn(move || watch(&poll, &listener))
                 .map_err(|_| Errno::AGAIN)?;
             Ok(Watcher { stop, thread })
         };
@@ -110,7 +109,7 @@ impl Tap {
     }
 
     pub(super) fn send(&self, frame: &[u8]) -> Result<()> {
-        match rustix::io::write(&*self.device, frame) {
+        match rustix::io::write(&self.device, frame) {
             Ok(_) => Ok(()),
             Err(Errno::AGAIN | Errno::INTR | Errno::NOBUFS) => Err(Error::WouldBlock),
             // The interface is down: as on a cable that is not plugged in, the frame is lost.
@@ -123,15 +122,14 @@ impl Tap {
     pub(super) fn receive(&self, buf: &mut [u8]) -> Result<usize> {
         let most = HEADER + usize::from(self.info.mtu);
         let result = if buf.len() >= most {
-            rustix::io::read(&*self.device, &mut *buf)
+            rustix::io::read(&self.device, &mut *buf)
         } else {
             // The kernel would cut the frame off in silence.
             let mut whole = vec![0; most];
-            rustix::io::read(&*self.device, &mut whole[..]).map(|len| {
-                if let (Some(to), Some(from)) = (buf.get_mut(..len), whole.get(..len)) {
+            rustix::io::read(&self.device, &mut whole[..]).inspect(|len| {
+                if let (Some(to), Some(from)) = (buf.get_mut(..*len), whole.get(..*len)) {
                     to.copy_from_slice(from);
                 }
-                len
             })
         };
         match result {
@@ -157,7 +155,7 @@ impl Drop for Tap {
     }
 }
 
-fn watch(poll: &OwnedFd, _device: &OwnedFd, listener: &Listener) {
+fn watch(poll: &OwnedFd, listener: &Listener) {
     let mut events = Vec::with_capacity(4);
     loop {
         events.clear();
