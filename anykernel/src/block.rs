@@ -123,10 +123,13 @@ pub trait BlockDevice: Send + Sync {
     fn poll(&self);
 }
 
+/// What came back of a request.
+type Outcome = (Request, Result<(), BlockError>);
+
 struct Wait<H> {
     host: H,
     finished: AtomicU32,
-    outcome: crate::sync::Mutex<H, Option<(Request, Result<(), BlockError>)>>,
+    outcome: crate::sync::Mutex<H, Option<Outcome>>,
 }
 
 impl<H: Threads + Copy + Send + Sync + 'static> Complete for Wait<H> {

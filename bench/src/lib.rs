@@ -1,8 +1,13 @@
 //! Benchmarks against peers in the same run.
 //!
-//! `netpeer` is the Linux side of the `netbench` application, `netload` loads either of them; `cargo xtask bench` runs
-//! them and prints one JSON object a line.
+//! The binary `bench` (`cargo xtask bench NAME`) runs them and prints one JSON object a line ([`record::Record`]). A peer
+//! is measured in the same run, on the same machine, under the same emulator and options, in turns with ours.
+//!
+//! `netpeer` is the Linux side of the `netbench` application, `netload` loads either of them.
 #![forbid(unsafe_code)]
+
+pub mod record;
+pub mod runner;
 
 /// TCP port: receives until the client closes, then sends one byte.
 pub const SINK: u16 = 5001;

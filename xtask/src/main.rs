@@ -38,6 +38,14 @@ enum Task {
         /// Where to put it.
         output: std::path::PathBuf,
     },
+    /// Measure against peers in the same run: boot, image, net, vfs or contract.
+    Bench {
+        /// Which one.
+        name: String,
+        /// One object a line, as the design says.
+        #[arg(long)]
+        json: bool,
+    },
     /// Print targets x checks: conformance, network, ext4, FAT, httpd.
     Matrix {
         /// One object a line: {"target","check","status","reason"}; status is pass, fail or absent.
@@ -54,6 +62,7 @@ fn main() -> ExitCode {
         Task::Test { filter } => test::run(filter.as_deref()),
         Task::Install => install::everything(),
         Task::Image { output } => images::documentation(&output),
+        Task::Bench { name, json } => bench(&name, json),
         Task::Matrix { json, target } => matrix::run(json, target.as_deref()),
     };
     match result {
@@ -63,4 +72,28 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The benchmarks are a crate of their own, which is built only when they are wanted.
+fn bench(name: &str, json: bool) -> sh::Result {
+    install::everything()?;
+    let anykernel = sh::anykernel()?;
+    let dir = sh::work_dir("bench")?;
+    let mut command = sh::cargo();
+    command.args([
+        "run",
+        "--quiet",
+        "--release",
+        "--package",
+        "anykernel-bench",
+        "--bin",
+        "bench",
+        "--",
+        name,
+    ]);
+    command.arg("--anykernel").arg(anykernel).arg("--dir").arg(dir);
+    if json {
+        command.arg("--json");
+    }
+    sh::run(&mut command)
 }

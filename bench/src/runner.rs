@@ -1,0 +1,9 @@
+//! The benchmarks, one module each; every one returns its records.
+
+pub mod contract;
+pub mod vfs;
+
+use crate::record::Record;
+
+/// An error is one line for a person.
+pub type Result<T = Vec<Record>> = std::result::Result<T, String>;
