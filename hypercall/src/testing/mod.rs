@@ -2,7 +2,20 @@
 //!
 //! Every instance stands alone. Time is real unless the host was made with [`TestHost::with_virtual_time`]; then it
 //! stands still until [`TestHost::advance`].
+//!
+//! It has the driver contracts too, with a device side for tests to play: memory that a device reaches only while it is
+//! mapped ([`TestHost::dma_read`]), interrupts ([`TestHost::fire`]), register models ([`TestHost::add_mmio_device`],
+//! [`TestHost::add_pci_function`]), disks with a volatile cache ([`TestHost::add_disk`]) and links on a wire that loses
+//! frames when told to ([`TestHost::add_link_pair`]). Misuse of DMA panics with what was done.
 #![expect(unsafe_code, reason = "hands out pages")]
+
+mod block;
+mod device;
+mod dma;
+mod link;
+
+pub use block::DiskCalls;
+pub use device::Registers;
 
 use crate::*;
 use alloc::{boxed::Box, string::String, vec::Vec};
@@ -22,12 +35,15 @@ struct Inner {
     cpus: u32,
     parked: Mutex<HashMap<usize, Vec<&'static Parker>>>,
     threads: Mutex<HashMap<u64, std::thread::JoinHandle<()>>>,
-    next_thread: AtomicU64,
     config: Mutex<Option<String>>,
     console: Mutex<Vec<u8>>,
     seed: AtomicU64,
     pages: AtomicUsize,
     fail_pages: AtomicBool,
+    dma: Mutex<dma::DmaTable>,
+    devices: Mutex<device::Devices>,
+    disks: Mutex<Vec<block::Disk>>,
+    links: Mutex<Vec<link::End>>,
 }
 
 struct Parker {
@@ -35,9 +51,14 @@ struct Parker {
     cond: Condvar,
 }
 
+/// Shared by all hosts of a process, so that [`SELF`] names one thread.
+static NEXT_THREAD: AtomicU64 = AtomicU64::new(1);
+
 std::thread_local! {
     static PARKER: &'static Parker =
         Box::leak(Box::new(Parker { woken: Mutex::new(false), cond: Condvar::new() }));
+    /// Which thread this is, 0 for one that no host started, and the CPU it is bound to.
+    static SELF: core::cell::Cell<(u64, u32)> = const { core::cell::Cell::new((0, 0)) };
 }
 
 impl Default for TestHost {
@@ -64,12 +85,15 @@ impl TestHost {
             cpus: 2,
             parked: Mutex::default(),
             threads: Mutex::default(),
-            next_thread: AtomicU64::new(1),
             config: Mutex::new(None),
             console: Mutex::default(),
             seed: AtomicU64::new(0x9e37_79b9_7f4a_7c15),
             pages: AtomicUsize::new(0),
             fail_pages: AtomicBool::new(false),
+            dma: Mutex::default(),
+            devices: Mutex::default(),
+            disks: Mutex::default(),
+            links: Mutex::default(),
         })))
     }
 
@@ -81,10 +105,20 @@ impl TestHost {
     /// Moves virtual time on by `ns` and wakes every parked thread to look at its deadline.
     pub fn advance(&self, ns: u64) {
         self.0.virtual_ns.as_ref().expect("a host with virtual time").fetch_add(ns, Ordering::SeqCst);
+        self.wake_everybody();
+    }
+
+    /// Every parked thread returns for no reason, which the contract allows.
+    pub fn wake_everybody(&self) {
         let parked: Vec<_> = self.0.parked.lock().unwrap().drain().flat_map(|(_, list)| list).collect();
         for parker in parked {
             parker.wake();
         }
+    }
+
+    /// Whether `thread` is the caller.
+    pub fn is_current(thread: ThreadId) -> bool {
+        SELF.get().0 == thread.0
     }
 
     /// From now on every page allocation fails, or none does.
@@ -112,7 +146,15 @@ impl Parker {
 
 impl Versions for TestHost {
     fn contracts(&self) -> &'static [ContractVersion] {
-        &[ContractVersion::CORE]
+        &[
+            ContractVersion::CORE,
+            ContractVersion::DMA,
+            ContractVersion::MMIO,
+            ContractVersion::PCI,
+            ContractVersion::IRQ,
+            ContractVersion::BLOCK,
+            ContractVersion::LINK,
+        ]
     }
 }
 
@@ -158,13 +200,21 @@ impl Threads for TestHost {
         if spec.cpu.is_some_and(|cpu| cpu.0 >= self.0.cpus) {
             return Err(Error::Invalid);
         }
-        let id = self.0.next_thread.fetch_add(1, Ordering::SeqCst);
+        let id = NEXT_THREAD.fetch_add(1, Ordering::SeqCst);
+        let cpu = spec.cpu.map_or(id as u32 % self.0.cpus, |cpu| cpu.0);
+        let start = move || {
+            SELF.set((id, cpu));
+            entry();
+        };
         let handle =
-            std::thread::Builder::new().name(spec.name.into()).spawn(entry).map_err(|_| Error::NoMemory)?;
+            std::thread::Builder::new().name(spec.name.into()).spawn(start).map_err(|_| Error::NoMemory)?;
         self.0.threads.lock().unwrap().insert(id, handle);
         Ok(ThreadId(id))
     }
     fn join(&self, thread: ThreadId) -> Result<()> {
+        if Self::is_current(thread) {
+            return Err(Error::NotFound);
+        }
         let handle = self.0.threads.lock().unwrap().remove(&thread.0).ok_or(Error::NotFound)?;
         handle.join().map_err(|_| Error::Gone)
     }
@@ -233,7 +283,8 @@ impl Cpus for TestHost {
         self.0.cpus
     }
     fn current_cpu(&self) -> CpuId {
-        CpuId(0)
+        // A thread that this host did not start, the test's own, counts as running on CPU 0.
+        CpuId(SELF.get().1)
     }
 }
 
