@@ -8,8 +8,9 @@ use crate::Failure;
 use hypercall::{DiskInfo, Error, Result};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Sectors of files have this size, as nearly every image was made for.
 const FILE_SECTOR: u32 = 512;
@@ -84,6 +85,14 @@ impl HostDisk {
         Ok(Self { file, info: DiskInfo { sector_size: FILE_SECTOR, sectors, read_only: true } })
     }
 
+    /// A file in memory with `image` as content, and a path by which this process and its children can open it as long as the file
+    /// is kept.
+    pub fn memory_path(image: &[u8]) -> std::io::Result<(PathBuf, File)> {
+        let file = memory_file(image)?;
+        let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+        Ok((path.into(), file))
+    }
+
     /// What it is like.
     pub fn info(&self) -> DiskInfo {
         self.info
@@ -128,7 +137,7 @@ impl HostDisk {
 }
 
 /// An unnamed file in memory that holds `content`; it is gone when closed.
-pub(crate) fn memory_file(content: &[u8]) -> std::io::Result<File> {
+fn memory_file(content: &[u8]) -> std::io::Result<File> {
     let file = File::from(rustix::fs::memfd_create("anykernel-disk", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.write_all_at(content, 0)?;
     Ok(file)

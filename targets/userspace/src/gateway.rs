@@ -11,6 +11,8 @@ use crate::{ConsoleSink, Failure, Link, Publish};
 use anykernel::StartError;
 use anykernel::config::{Config, Interface};
 use anykernel::socket::{NetError, Shutdown, SocketProvider, Stream};
+use anykernel::task::block_on_until;
+use hypercall::Clock;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use rustix::time::Timespec;
@@ -114,6 +116,29 @@ pub struct Gateway {
     instance: Option<Instance>,
     shared: Arc<Shared>,
     thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Gateway {
+    /// Waits until somebody listens on `port` of the guest, by connecting; `false` if `give_up` said so first.
+    pub fn wait_until_open(&self, port: u16, give_up: impl Fn() -> bool) -> bool {
+        let Some(kernel) = self.instance.as_ref().map(Instance::kernel) else { return false };
+        let Some(sockets) = kernel.sockets() else { return false };
+        let host = kernel.host();
+        let address = SocketAddr::V4(SocketAddrV4::new(GUEST, port));
+        while !give_up() {
+            if let Ok(stream) = sockets.connect(address) {
+                let deadline = host.monotonic_ns() + 200_000_000;
+                let connected = std::future::poll_fn(|cx| stream.poll_connected(cx));
+                let connected = block_on_until(host, connected, Some(deadline));
+                stream.abort();
+                if matches!(connected, Some(Ok(()))) {
+                    return true;
+                }
+            }
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        false
+    }
 }
 
 impl Drop for Gateway {

@@ -22,10 +22,21 @@ pub fn install() {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(IMPATIENT);
         }
-        for (_, hook) in HOOKS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            hook();
-        }
+        run_hooks();
     });
+}
+
+/// Does what a signal would do.
+pub fn request() {
+    if !INTERRUPTED.swap(true, Ordering::SeqCst) {
+        run_hooks();
+    }
+}
+
+fn run_hooks() {
+    for (_, hook) in HOOKS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        hook();
+    }
 }
 
 /// Whether a signal came.

@@ -7,7 +7,9 @@ use anykernel::StartError;
 use hypercall::{ExitStatus, Host, HostBlock, HostLink};
 use serde_json::json;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Where an application runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +93,27 @@ fn announce(spec: &RunSpec, event: &serde_json::Value, line: &str) {
     }
 }
 
+/// Says of each published port that it can be used, as soon as the application listens.
+fn announce_ports(
+    spec: &RunSpec,
+    gateway: &Gateway,
+    published: &[(SocketAddr, u16)],
+    ended: impl Fn() -> bool,
+) {
+    if spec.quiet {
+        return;
+    }
+    for (host, guest) in published {
+        if gateway.wait_until_open(*guest, &ended) {
+            announce(
+                spec,
+                &json!({ "event": "publish", "host": host.to_string(), "guest": guest }),
+                &format!("ready: {host} leads to port {guest} of the guest; Ctrl-C ends it"),
+            );
+        }
+    }
+}
+
 /// Runs in this process.
 fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let mut builder = Instance::builder()
@@ -125,7 +148,7 @@ fn run_instance<H: Host + HostBlock + HostLink>(
     spec: &RunSpec,
     instance: &Instance<H>,
     gateway: Option<Gateway>,
-    published: &[(std::net::SocketAddr, u16)],
+    published: &[(SocketAddr, u16)],
 ) -> Result<ExitStatus, Failure> {
     let kernel = instance.kernel().clone();
     let stop = Arc::downgrade(&kernel);
@@ -134,15 +157,16 @@ fn run_instance<H: Host + HostBlock + HostLink>(
             kernel.stop();
         }
     });
-    for (host, guest) in published {
-        announce(
-            spec,
-            &json!({ "event": "publish", "host": host.to_string(), "guest": guest }),
-            &format!("published: {host} leads to port {guest} of the guest; Ctrl-C ends it"),
-        );
-    }
     let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
-    let status = instance.run(|kernel| apps::run(app, kernel).unwrap_or(ExitStatus::Usage));
+    let ended = AtomicBool::new(false);
+    let status = std::thread::scope(|scope| {
+        if let Some(gateway) = &gateway {
+            scope.spawn(|| announce_ports(spec, gateway, published, || ended.load(Ordering::Acquire)));
+        }
+        let status = instance.run(|kernel| apps::run(app, kernel).unwrap_or(ExitStatus::Usage));
+        ended.store(true, Ordering::Release);
+        status
+    });
     drop(guard);
     // Clients are cut off before the stack behind them goes.
     drop(gateway);

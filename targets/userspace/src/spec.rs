@@ -29,6 +29,8 @@ pub struct RunSpec {
     pub pcap: Option<PathBuf>,
     /// Standard output carries one JSON object a line: `{"event":...}`.
     pub json: bool,
+    /// Nothing is said about what is published where.
+    pub quiet: bool,
 }
 
 /// A disk image or block device of the host.

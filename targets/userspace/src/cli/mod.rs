@@ -1,6 +1,7 @@
 //! The command line: what it understands. Each subcommand has a file of its own.
 
 mod copy;
+mod demo;
 mod files;
 mod image;
 mod manifest;
@@ -28,8 +29,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Run(run::Run),
-    Demo(run::Demo),
+    Run(Box<run::Run>),
+    Demo(demo::Demo),
     Ls(files::Ls),
     Tree(files::Tree),
     Stat(files::Stat),

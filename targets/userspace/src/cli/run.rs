@@ -148,22 +148,9 @@ impl Run {
             trace: self.trace,
             pcap: self.pcap,
             json: self.json,
+            quiet: false,
         };
         runner::run(self.on.into(), &spec)
-    }
-}
-
-/// Serve a small web site from an ext4 image that comes with this command
-#[derive(Args)]
-pub(super) struct Demo {
-    /// Where to run it
-    #[arg(long, value_enum, default_value = "userspace", value_name = "TARGET")]
-    on: On,
-}
-
-impl Demo {
-    pub(super) fn run(self) -> Outcome {
-        Err(Failure::new(format!("the demo is not part of this build yet ({:?})", self.on)))
     }
 }
 
