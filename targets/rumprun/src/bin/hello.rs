@@ -1,0 +1,107 @@
+//! The smallest image: says hello from every CPU, or breaks a rule on request, for the boot tests.
+#![cfg_attr(target_os = "none", no_std, no_main)]
+
+#[cfg(target_os = "none")]
+extern crate alloc;
+
+#[cfg(target_os = "none")]
+mod application {
+    use alloc::{boxed::Box, format, sync::Arc, vec::Vec};
+    use anykernel::Kernel;
+    use anykernel_rumprun::Machine;
+    use core::sync::atomic::{AtomicU32, Ordering};
+    use hypercall::{Clock, Console, CpuId, Cpus, Exit, ExitStatus, Memory, ThreadSpec, Threads};
+
+    fn say(line: &str) {
+        Machine.console_write(format!("{line}\n").as_bytes());
+    }
+
+    /// A thread per CPU says where it runs, all at the same time: each waits for the others.
+    fn greet() -> ExitStatus {
+        let cpus = Machine.cpu_count();
+        let here = Arc::new(AtomicU32::new(0));
+        let mut threads = Vec::new();
+        for cpu in 0..cpus {
+            let here = here.clone();
+            let entry = move || {
+                let place = Machine.current_cpu().0;
+                here.fetch_add(1, Ordering::SeqCst);
+                while here.load(Ordering::SeqCst) < cpus {
+                    core::hint::spin_loop();
+                }
+                say(&format!("hello from CPU {place}"));
+            };
+            let spec = ThreadSpec { name: "greeter", cpu: Some(CpuId(cpu)) };
+            match Machine.spawn(spec, Box::new(entry)) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    say(&format!("spawn: {error}"));
+                    return ExitStatus::Failure;
+                }
+            }
+        }
+        for thread in threads {
+            if Machine.join(thread).is_err() {
+                return ExitStatus::Failure;
+            }
+        }
+        say(&format!(
+            "{cpus} CPUs, {} KiB of memory, {} ns since the first instruction, {} s since 1970",
+            Machine.memory_bytes() >> 10,
+            Machine.monotonic_ns(),
+            hypercall::Clock::realtime_ns(&Machine) / 1_000_000_000
+        ));
+        ExitStatus::Success
+    }
+
+    #[inline(never)]
+    fn overflow(depth: u64) -> u64 {
+        let frame = core::hint::black_box([depth; 64]);
+        if depth == u64::MAX { 0 } else { overflow(depth + 1) + frame[3] }
+    }
+
+    #[inline(never)]
+    fn fail_on_request() -> ExitStatus {
+        panic!("as requested")
+    }
+
+    pub(crate) fn main(kernel: &Arc<Kernel<Machine>>) -> ExitStatus {
+        let word = kernel.config().app.get(1).map_or("", |word| word.as_str());
+        static CONSTANT: [u8; 4] = [1, 2, 3, 4];
+        match word {
+            "" => greet(),
+            "panic" => fail_on_request(),
+            "overflow" => {
+                say(&format!("{}", overflow(0)));
+                ExitStatus::Failure
+            }
+            "write-text" | "write-constant" | "null" => {
+                let target: *mut u8 = match word {
+                    "write-text" => (main as *const ()).cast_mut().cast(),
+                    "write-constant" => CONSTANT.as_ptr().cast_mut(),
+                    _ => core::ptr::null_mut(),
+                };
+                // SAFETY: it faults, which is what the caller wants to see.
+                unsafe { core::hint::black_box(target).write_volatile(0x90) };
+                ExitStatus::Failure
+            }
+            "execute-data" => {
+                let code = Box::new([0xc3u8; 16]);
+                // SAFETY: it faults, which is what the caller wants to see.
+                let call: extern "C" fn() =
+                    unsafe { core::mem::transmute(core::hint::black_box(code.as_ptr())) };
+                call();
+                ExitStatus::Failure
+            }
+            "fail" => Machine.exit(ExitStatus::Failure),
+            _ => {
+                say("hello: unknown request");
+                ExitStatus::Usage
+            }
+        }
+    }
+}
+
+#[cfg(target_os = "none")]
+use application::main as application_main;
+anykernel_rumprun::image!(application_main);
