@@ -1,0 +1,137 @@
+//! The command, as scripts and people meet it: what it says and how it exits when something is wrong.
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use std::path::PathBuf;
+use std::time::Duration;
+
+fn anykernel() -> Command {
+    let mut command = Command::cargo_bin("anykernel").unwrap();
+    command.timeout(Duration::from_secs(60));
+    command
+}
+
+/// Standard error is this one line, which contains every one of `parts`.
+fn fails_with(command: &mut Command, code: i32, parts: &[&str]) {
+    let output = command.assert().failure().code(code).get_output().clone();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(text.lines().count(), 1, "one line: {text}");
+    assert!(text.starts_with("anykernel: "), "{text}");
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is not in: {text}");
+    }
+}
+
+struct Dir(tempfile::TempDir);
+
+impl Dir {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+    fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.0.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+#[test]
+fn help_teaches_by_examples() {
+    anykernel().arg("--help").assert().success().stdout(predicate::str::contains("Examples:"));
+    anykernel().assert().code(2);
+    for command in ["run", "demo", "ls", "tree", "stat", "cat", "cp", "manifest", "schema"] {
+        let contains = predicate::str::contains("Example")
+            .and(predicate::str::contains("anykernel ").and(predicate::str::contains(command)));
+        anykernel().args([command, "--help"]).assert().success().stdout(contains);
+    }
+}
+
+#[test]
+fn an_unknown_application_is_named_with_its_nearest() {
+    fails_with(anykernel().args(["run", "htpd"]), 2, &["htpd", "did you mean httpd"]);
+    fails_with(anykernel().args(["run", "xyzzy"]), 2, &["xyzzy", "selftest"]);
+}
+
+#[test]
+fn usage_errors_exit_with_2() {
+    for args in [
+        &["run", "httpd", "--publish", "80"][..],
+        &["run", "httpd", "--cpus", "0"],
+        &["run", "httpd", "--memory", "lots"],
+        &["run", "httpd", "--net", "bridge:x"],
+        &["run", "httpd", "--on", "mars"],
+        &["run", "httpd", "--mount", "disk0"],
+        &["frobnicate"],
+    ] {
+        anykernel().args(args).assert().code(2);
+    }
+    fails_with(
+        anykernel().args(["run", "httpd", "--memory", "64K"]),
+        2,
+        &["too little memory", "--memory 4M"],
+    );
+    let args = ["run", "httpd", "--net", "none", "--publish", "8080:80"];
+    fails_with(anykernel().args(args), 2, &["--publish", "--net user"]);
+    fails_with(anykernel().args(["run", "httpd", "--mount", "disk0:/x"]), 2, &["disk0", "--disk"]);
+    fails_with(anykernel().args(["cp", "a", "b"]), 2, &["IMAGE:/path"]);
+}
+
+#[test]
+fn a_missing_image_is_said_so_by_every_command() {
+    for args in [
+        &["run", "httpd", "--disk", "/nowhere/a.img"][..],
+        &["ls", "/nowhere/a.img:/"],
+        &["tree", "/nowhere/a.img:/"],
+        &["stat", "/nowhere/a.img:/x"],
+        &["cat", "/nowhere/a.img:/x"],
+        &["cp", "/nowhere/a.img:/x", "."],
+    ] {
+        fails_with(anykernel().args(args), 1, &["/nowhere/a.img", "no such file"]);
+    }
+}
+
+#[test]
+fn what_is_no_file_system_is_refused() {
+    let dir = Dir::new();
+    let noise: Vec<u8> = (0..1u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    for (name, content) in
+        [("zeros.img", vec![0; 1 << 20]), ("noise.img", noise), ("short.img", vec![7; 600])]
+    {
+        let path = dir.file(name, &content);
+        fails_with(
+            anykernel().args(["run", "httpd", "--disk"]).arg(&path),
+            1,
+            &[name, "no file system", "raw image"],
+        );
+        fails_with(anykernel().arg("ls").arg(&path), 1, &[name, "no file system"]);
+        assert_eq!(std::fs::read(&path).unwrap(), content, "nothing is written");
+    }
+    let empty = dir.file("empty.img", b"");
+    fails_with(anykernel().arg("ls").arg(empty), 1, &["empty"]);
+    fails_with(anykernel().arg("ls").arg(dir.0.path()), 1, &["a directory"]);
+}
+
+#[test]
+fn a_bad_configuration_is_a_usage_error() {
+    let dir = Dir::new();
+    let unknown = dir.file("unknown.json", br#"{"hostnam":"x"}"#);
+    fails_with(anykernel().args(["run", "httpd", "--config"]).arg(unknown), 2, &["unknown.json", "hostnam"]);
+    let broken = dir.file("broken.json", b"{");
+    fails_with(anykernel().args(["run", "httpd", "--config"]).arg(broken), 2, &["broken.json"]);
+    fails_with(anykernel().args(["run", "httpd", "--config", "/nowhere.json"]), 2, &["/nowhere.json"]);
+}
+
+#[test]
+fn a_missing_tap_says_what_to_do() {
+    // Too long for an interface on any system.
+    anykernel().args(["run", "httpd", "--net", "tap:this-name-is-too-long"]).assert().code(2);
+}
+
+#[test]
+fn a_directory_needs_minus_r() {
+    let dir = Dir::new();
+    let image = dir.file("a.img", &vec![0; 1 << 20]);
+    let mut to = image.clone().into_os_string();
+    to.push(":/");
+    fails_with(anykernel().arg("cp").arg(dir.0.path()).arg(to), 2, &["is a directory", "-r"]);
+}
