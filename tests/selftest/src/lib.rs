@@ -17,8 +17,17 @@ mod report;
 
 use alloc::sync::Arc;
 use anykernel::Kernel;
+use hypercall::conformance::CheckReport;
 use hypercall::{ExitStatus, Host};
 use report::Report;
+
+/// Prints the verdicts of a driver contract's conformance suite, which only the target can call, as in
+/// `suite(host, |each| hypercall::conformance::run_dma(host, each))`. Says how many did not pass. Context: thread.
+pub fn suite<H: Host>(host: H, run: impl FnOnce(&mut dyn FnMut(CheckReport))) -> usize {
+    let mut report = Report::new(host);
+    report.suite(run);
+    report.failed()
+}
 
 /// Runs every check. Context: the application's thread. Blocks.
 pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
@@ -31,6 +40,9 @@ pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
     }
     let runs = |group: &str| wanted.is_empty() || wanted.iter().any(|name| name == group);
 
+    if runs("conformance") {
+        report.suite(|each| hypercall::conformance::run(kernel.host(), each));
+    }
     if runs("ext4") {
         files::checksums(kernel, &mut report, "ext4", b"/");
         files::read_only(kernel, &mut report);

@@ -3,6 +3,7 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use core::fmt::Display;
+use hypercall::conformance::CheckReport;
 use hypercall::{ExitStatus, Host};
 
 /// Prints each verdict as it comes and counts failures.
@@ -18,15 +19,33 @@ impl<H: Host> Report<H> {
 
     /// One verdict; an error is the reason of a failure.
     pub(crate) fn result<E: Display>(&mut self, check: &str, result: Result<(), E>) {
-        let line = match result {
-            Ok(()) => format!("{{\"check\":\"{}\",\"status\":\"pass\"}}\n", escape(check)),
-            Err(reason) => {
-                self.failed += 1;
-                let reason = escape(&reason.to_string());
-                format!("{{\"check\":\"{}\",\"status\":\"fail\",\"reason\":\"{reason}\"}}\n", escape(check))
-            }
-        };
+        match result {
+            Ok(()) => self.line(check, "pass", ""),
+            Err(reason) => self.line(check, "fail", &reason.to_string()),
+        }
+    }
+
+    /// Runs a conformance suite and prints its verdicts as they come.
+    pub(crate) fn suite(&mut self, run: impl FnOnce(&mut dyn FnMut(CheckReport))) {
+        run(&mut |check| {
+            let outcome = &check.outcome;
+            self.line(&format!("conformance/{}", check.name), outcome.status(), outcome.reason());
+        });
+    }
+
+    fn line(&mut self, check: &str, status: &str, reason: &str) {
+        self.failed += usize::from(status != "pass");
+        let line = format!(
+            "{{\"check\":\"{}\",\"status\":\"{status}\",\"reason\":\"{}\"}}\n",
+            escape(check),
+            escape(reason)
+        );
         self.host.console_write(line.as_bytes());
+    }
+
+    /// How many verdicts were not "pass".
+    pub(crate) fn failed(&self) -> usize {
+        self.failed
     }
 
     /// The last line.
