@@ -1,15 +1,24 @@
 //! The configuration of an instance: one JSON document, the same on every target.
 //!
-//! The host gives it as the parameter `config`. An unknown key is an error that names the nearest known one.
+//! The host gives it as the parameter `config`. Every mistake in it is one line that names the place: an unknown key
+//! with the nearest known one, a value of a wrong type, a value that makes no sense. [`SCHEMA`] says the same to
+//! editors and checkers.
+
+mod read;
+#[cfg(test)]
+mod tests;
 
 use alloc::{string::String, vec::Vec};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+
+/// The JSON Schema (draft 2020-12) of [`Config`].
+pub const SCHEMA: &str = include_str!("../../config.schema.json");
 
 /// The whole document. Every key may be left out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Config {
-    /// Name of this instance: sent to DHCP servers, shown in messages.
+    /// Name of this instance: sent to DHCP servers, shown in messages. Labels of letters, digits and hyphens
+    /// (RFC 1123), at most 63 characters in all.
     pub hostname: String,
     /// Messages below this level are dropped: `"off"`, `"error"`, `"warn"`, `"info"`, `"debug"`, `"trace"`.
     pub log: String,
@@ -28,24 +37,21 @@ pub struct Config {
 }
 
 /// A mount.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Mount {
     /// A block device (`"disk0"`, `"disk0p1"`) or `"tmpfs"`.
     pub source: String,
     /// Where: an absolute path.
     pub target: String,
-    /// `"ext4"`, `"vfat"`, `"tmpfs"`; left out: found by looking.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Kind of file system, as `"ext4"`, `"vfat"`, `"tmpfs"`; left out: found by looking.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<String>,
     /// Nothing is written to the device.
-    #[serde(default)]
     pub read_only: bool,
 }
 
 /// An interface's addresses.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Interface {
     /// `"dhcp"`, `"none"`, or an address with prefix length as in `"10.0.2.15/24"`.
     pub ipv4: String,
@@ -59,8 +65,7 @@ pub struct Interface {
 }
 
 /// TCP limits.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Tcp {
     /// Receive buffer of a connection in bytes; 0: by memory size.
     pub receive_bytes: u32,
@@ -71,8 +76,7 @@ pub struct Tcp {
 }
 
 /// Block cache limits.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Cache {
     /// Most bytes; 0: by memory size.
     pub bytes: u64,
@@ -115,9 +119,9 @@ impl Default for Cache {
 }
 
 impl Config {
-    /// Reads a document.
+    /// Reads and checks a document. The error is one line for a person.
     pub fn parse(json: &str) -> Result<Self, String> {
-        serde_json::from_str(json).map_err(|error| alloc::format!("configuration: {error}"))
+        read::parse(json).map_err(|error| alloc::format!("configuration: {error}"))
     }
 
     /// Writes a document that [`Config::parse`] reads.
