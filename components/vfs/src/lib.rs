@@ -12,6 +12,7 @@ extern crate std;
 
 pub mod cache;
 mod clock_map;
+pub mod ext4;
 pub mod hostblk;
 pub mod namespace;
 mod start;

@@ -1,5 +1,7 @@
 //! What happens when the component starts.
 
+use crate::cache::BlockCache;
+use crate::ext4::Ext4;
 use crate::namespace::MountTree;
 use crate::tmpfs::TmpFs;
 use alloc::string::ToString;
@@ -25,6 +27,8 @@ pub const MANIFEST: Manifest = Manifest {
 /// failed, why, and what to do. Context: thread, after the block drivers.
 pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     kernel.admit(MANIFEST)?;
+    let cache = BlockCache::for_kernel(kernel);
+    kernel.add_fs_type(Arc::new(Ext4::new(kernel, cache)));
     kernel.add_fs_type(Arc::new(TmpFs::new(kernel.host())));
     let tree = MountTree::new(kernel);
     kernel.set_namespace(tree.clone());

@@ -189,6 +189,11 @@ impl<H: Host> BlockCache<H> {
         Ok(opened)
     }
 
+    /// The host.
+    pub fn host(&self) -> H {
+        self.host
+    }
+
     /// Bytes per cluster.
     pub fn cluster_bytes(&self) -> usize {
         self.cluster_bytes
