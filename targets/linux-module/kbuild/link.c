@@ -15,6 +15,7 @@
 
 #define AK_LINKS_MAX 8
 #define AK_QUEUE 1024	/* frames in each direction */
+#define AK_EARLY 16	/* frames kept until the interface is up: the first DHCP request should not be lost */
 
 struct ak_link {
 	struct net_device *dev;
@@ -91,6 +92,9 @@ static int ak_open(struct net_device *dev)
 
 	napi_enable(&link->napi);
 	netif_start_queue(dev);
+	local_bh_disable();
+	napi_schedule(&link->napi);
+	local_bh_enable();
 	return 0;
 }
 
@@ -173,8 +177,7 @@ int ak_link_send(u32 index, const void *frame, size_t len)
 	dev = link->dev;
 	if (len < ETH_HLEN || len > READ_ONCE(dev->mtu) + VLAN_ETH_HLEN)
 		return -EINVAL;
-	/* Nobody is at the other end of the wire. */
-	if (!netif_running(dev)) {
+	if (!netif_running(dev) && skb_queue_len_lockless(&link->to_linux) >= AK_EARLY) {
 		dev_core_stats_rx_dropped_inc(dev);
 		return 0;
 	}
@@ -196,9 +199,11 @@ int ak_link_send(u32 index, const void *frame, size_t len)
 	skb->ip_summed = CHECKSUM_UNNECESSARY;
 	dev_sw_netstats_rx_add(dev, len);
 	skb_queue_tail(&link->to_linux, skb);
-	local_bh_disable();
-	napi_schedule(&link->napi);
-	local_bh_enable();
+	if (netif_running(dev)) {
+		local_bh_disable();
+		napi_schedule(&link->napi);
+		local_bh_enable();
+	}
 	cond_resched();
 	return 0;
 }

@@ -19,7 +19,7 @@
 /* thread.c */
 extern atomic_t ak_dead;		/* 0, or AK_DEAD | exit status */
 #define AK_DEAD 0x100
-void ak_thread_quit(void);		/* does not return, which objtool could not know across files */
+void ak_thread_quit(void);		/* does not return if the domain is dead */
 int ak_threads_start(void);		/* makes the first thread */
 void ak_threads_end(void);		/* waits for every thread */
 void ak_park_init(void);

@@ -84,12 +84,14 @@ static void __noreturn ak_quit(void)
 	__set_current_state(TASK_RUNNING);
 	/* The joiner frees our stack, so the last steps are made on the kernel's. What was on it is not needed any more. */
 	call_on_stack(((t->kernel_sp - 512) & ~15UL), ak_thread_leave, ASM_CALL_ARG1, AK_RUN_ARGS);
-	unreachable();
+	BUG();
 }
 
 void ak_thread_quit(void)
 {
-	ak_quit();
+	/* Asked again so that objtool believes that this may return: 6.1 and 6.12 disagree on how to tell it otherwise. */
+	if (atomic_read(&ak_dead))
+		ak_quit();
 }
 
 static int ak_thread_make(struct ak_thread *t, u32 cpu, const char *name, size_t name_len)

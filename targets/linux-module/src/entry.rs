@@ -12,7 +12,7 @@ use anykernel::Kernel;
 use anykernel::config::Config;
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicBool, Ordering};
-use hypercall::{Error, ExitStatus, Params, Signal, ThreadSpec, Threads};
+use hypercall::{Error, Params, Signal, ThreadSpec, Threads};
 
 const EINVAL: i32 = 22;
 
@@ -86,7 +86,7 @@ pub(crate) unsafe extern "C" fn ak_rust_raise(signal: *const c_void) {
 #[cfg(target_os = "none")]
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
-    use hypercall::Exit;
+    use hypercall::{Exit, ExitStatus};
     match info.location() {
         Some(at) => logger::line(format_args!("panic at {at}: {}", info.message())),
         None => logger::line(format_args!("panic: {}", info.message())),
@@ -155,8 +155,9 @@ fn start() -> Result<Domain, String> {
     }
 }
 
-fn start_components(_kernel: &Arc<Kernel<LinuxHost>>) -> Result<(), String> {
-    Ok(())
+fn start_components(kernel: &Arc<Kernel<LinuxHost>>) -> Result<(), String> {
+    let components = [anykernel_vfs::hostblk::register, anykernel_vfs::start];
+    components.iter().try_for_each(|start| start(kernel)).map_err(|error| alloc::format!("{error}"))
 }
 
 fn start_app(kernel: &Arc<Kernel<LinuxHost>>, app: apps::App) -> Result<hypercall::ThreadId, String> {

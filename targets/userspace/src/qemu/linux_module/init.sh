@@ -1,0 +1,58 @@
+#!/bin/busybox sh
+# The guest's first process: loads the module, waits until the application ends, and says how on the second serial port.
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+stty -F /dev/ttyS0 raw
+stty -F /dev/ttyS1 raw
+
+# The module's messages, without the kernel's.
+sed -n 's/^<[0-9]*>\[[^]]*\] anykernel: //p' </proc/kmsg >/dev/ttyS0 &
+
+end() {
+	sleep 0.3
+	echo "$1" >/dev/ttyS1
+	sync
+	echo o >/proc/sysrq-trigger
+	sleep 60
+}
+
+fail() {
+	echo "$1" >/dev/ttyS0
+	end 1
+}
+
+for file in /lib/*.ko.xz; do
+	[ -f "$file" ] && unxz "$file"
+done
+for name in $(cat /modules); do
+	if [ -f "/lib/$name.ko" ]; then
+		insmod "/lib/$name.ko" || fail "the kernel does not take its own module $name"
+	fi
+done
+
+links=0
+if [ -e /sys/class/net/eth0 ]; then
+	links=1
+	brctl addbr br0 && brctl setfd br0 0 && brctl addif br0 eth0 || fail "no bridge"
+	ip link set eth0 up
+	ip link set br0 up
+fi
+# What insmod says is said by the module, too, and better.
+insmod /lib/anykernel.ko links=$links $(cat /parameters) 2>/dev/null || end 1
+if [ $links = 1 ]; then
+	brctl addif br0 ak0 || fail "ak0 cannot be bridged"
+	ip link set ak0 up
+fi
+
+while :; do
+	read -r state code </sys/module/anykernel/parameters/status
+	case $state in
+	ended | dead) break ;;
+	esac
+	sleep 0.2
+done
+rmmod anykernel
+end "$code"
