@@ -9,8 +9,12 @@ use hypercall::ExitStatus;
 /// Runs until it has done its work or the instance stops.
 pub(crate) type App = fn(&Arc<Kernel<LinuxHost>>) -> ExitStatus;
 
-const APPS: &[(&str, App)] =
-    &[("httpd", httpd::main::<LinuxHost>), ("selftest", selftest::main::<LinuxHost>)];
+const APPS: &[(&str, App)] = &[
+    ("httpd", httpd::main::<LinuxHost>),
+    ("selftest", selftest::main::<LinuxHost>),
+    ("netbench", netbench::main::<LinuxHost>),
+    ("contractbench", contractbench::main::<LinuxHost>),
+];
 
 /// The application of that name, or a line for a person.
 pub(crate) fn find(name: &str) -> Result<App, String> {

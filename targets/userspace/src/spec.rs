@@ -137,6 +137,12 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+impl From<String> for Failure {
+    fn from(line: String) -> Self {
+        Self::new(line)
+    }
+}
+
 /// What to say when a host port cannot be listened on.
 pub(crate) fn port_failure(addr: SocketAddrV4, error: &std::io::Error) -> Failure {
     let port = addr.port();

@@ -63,7 +63,7 @@ pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let mut machine = Machine::q35("Linux", spec, DEFAULT_MEMORY);
     machine.kernel(&kernel.image).arg("-initrd").arg(&initrd.0);
     // Only a panic of the kernel itself is said on the console: the module's messages are passed on by init.
-    machine.args(["-append", "console=ttyS0 quiet loglevel=2 panic=-1 oops=panic no_timer_check"]);
+    machine.args(["-append", "console=ttyS0 quiet loglevel=0 panic=-1 oops=panic no_timer_check"]);
     let mut serial = std::ffi::OsString::from("file:");
     serial.push(&status.0);
     machine.arg("-serial").arg(serial);
@@ -152,7 +152,9 @@ fn find_modules(dir: &Path, found: &mut Vec<(String, PathBuf)>) {
         let name = entry.file_name().to_string_lossy().into_owned();
         if path.is_dir() {
             find_modules(&path, found);
-        } else if name.split_once('.').is_some_and(|(stem, _)| MODULES.contains(&stem.replace('-', "_").as_str()))
+        } else if name
+            .split_once('.')
+            .is_some_and(|(stem, _)| MODULES.contains(&stem.replace('-', "_").as_str()))
         {
             found.push((name, path));
         }

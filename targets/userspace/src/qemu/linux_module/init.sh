@@ -8,14 +8,14 @@ mount -t devtmpfs dev /dev
 stty -F /dev/ttyS0 raw
 stty -F /dev/ttyS1 raw
 
-# The module's messages, without the kernel's.
-sed -n 's/^<[0-9]*>\[[^]]*\] anykernel: //p' </proc/kmsg >/dev/ttyS0 &
+# The module's messages, without the kernel's own.
+sed -n -e "/taints kernel\|tainting kernel/d" -e "s/^<[0-9]*>\[[^]]*\] anykernel: //p" </proc/kmsg >/dev/ttyS0 &
 
 end() {
 	sleep 0.3
 	echo "$1" >/dev/ttyS1
 	sync
-	echo o >/proc/sysrq-trigger
+	poweroff -f
 	sleep 60
 }
 
@@ -36,7 +36,7 @@ done
 links=0
 if [ -e /sys/class/net/eth0 ]; then
 	links=1
-	brctl addbr br0 && brctl setfd br0 0 && brctl addif br0 eth0 || fail "no bridge"
+	brctl addbr br0 && echo 0 >/sys/class/net/br0/bridge/forward_delay && brctl addif br0 eth0 || fail "no bridge"
 	ip link set eth0 up
 	ip link set br0 up
 fi

@@ -70,12 +70,16 @@ fn complete(release: &str, store: &Path) -> Result<GuestKernel, Failure> {
 }
 
 fn matches(release: &str, series: &str) -> bool {
-    release.strip_prefix(series).is_some_and(|rest| rest.starts_with('.')) && release.ends_with("-cloud-amd64")
+    release.strip_prefix(series).is_some_and(|rest| rest.starts_with('.'))
+        && release.ends_with("-cloud-amd64")
 }
 
 fn newest_in(dir: &Path, prefix: &str, series: &str) -> Option<String> {
     let names = fs::read_dir(dir).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    names.filter_map(|name| Some(name.strip_prefix(prefix)?.to_owned())).filter(|name| matches(name, series)).max()
+    names
+        .filter_map(|name| Some(name.strip_prefix(prefix)?.to_owned()))
+        .filter(|name| matches(name, series))
+        .max()
 }
 
 fn installed_headers(series: &str) -> Option<String> {
@@ -90,7 +94,8 @@ fn unpacked(series: &str, store: &Path) -> Option<String> {
 fn newest_release(series: &str) -> Result<String, Failure> {
     let metas = [format!("linux-image-{series}-cloud-amd64"), "linux-image-cloud-amd64".to_owned()];
     for meta in &metas {
-        let found = depends(meta).into_iter().filter_map(|name| Some(name.strip_prefix("linux-image-")?.to_owned()));
+        let found =
+            depends(meta).into_iter().filter_map(|name| Some(name.strip_prefix("linux-image-")?.to_owned()));
         if let Some(release) = found.filter(|release| matches(release, series)).max() {
             return Ok(release);
         }
@@ -156,7 +161,10 @@ fn is_static(program: &[u8]) -> bool {
     const PT_INTERP: [u8; 4] = [3, 0, 0, 0];
     let number = |at: usize, len: usize| {
         let bytes = program.get(at..at + len)?;
-        bytes.iter().rev().try_fold(0usize, |value, byte| value.checked_mul(256)?.checked_add(usize::from(*byte)))
+        bytes
+            .iter()
+            .rev()
+            .try_fold(0usize, |value, byte| value.checked_mul(256)?.checked_add(usize::from(*byte)))
     };
     let headers = || Some((number(32, 8)?, number(54, 2)?, number(56, 2)?));
     let Some((start, size, count)) = headers().filter(|_| program.starts_with(b"\x7fELF\x02\x01")) else {
