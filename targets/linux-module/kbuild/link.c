@@ -7,7 +7,6 @@
  */
 #include "shim.h"
 #include <linux/etherdevice.h>
-#include <linux/if_vlan.h>
 #include <linux/netdevice.h>
 #include <linux/sched.h>
 #include <linux/skbuff.h>
@@ -175,7 +174,7 @@ int ak_link_send(u32 index, const void *frame, size_t len)
 		return -ENOENT;
 	link = ak_links[index];
 	dev = link->dev;
-	if (len < ETH_HLEN || len > READ_ONCE(dev->mtu) + VLAN_ETH_HLEN)
+	if (len < ETH_HLEN || len > READ_ONCE(dev->mtu) + ETH_HLEN)
 		return -EINVAL;
 	if (!netif_running(dev) && skb_queue_len_lockless(&link->to_linux) >= AK_EARLY) {
 		dev_core_stats_rx_dropped_inc(dev);

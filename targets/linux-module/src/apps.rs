@@ -6,20 +6,32 @@ use alloc::sync::Arc;
 use anykernel::Kernel;
 use hypercall::ExitStatus;
 
-/// Runs until it has done its work or the instance stops.
-pub(crate) type App = fn(&Arc<Kernel<LinuxHost>>) -> ExitStatus;
+/// An application.
+#[derive(Clone, Copy)]
+pub(crate) struct App {
+    name: &'static str,
+    /// Runs until it has done its work or the instance stops.
+    pub(crate) main: fn(&Arc<Kernel<LinuxHost>>) -> ExitStatus,
+    /// Without file systems and network.
+    pub(crate) bare: bool,
+}
 
-const APPS: &[(&str, App)] = &[
-    ("httpd", httpd::main::<LinuxHost>),
-    ("selftest", selftest::main::<LinuxHost>),
-    ("netbench", netbench::main::<LinuxHost>),
-    ("contractbench", contractbench::main::<LinuxHost>),
+const fn app(name: &'static str, main: fn(&Arc<Kernel<LinuxHost>>) -> ExitStatus) -> App {
+    App { name, main, bare: false }
+}
+
+const APPS: &[App] = &[
+    app("httpd", httpd::main),
+    app("selftest", selftest::main),
+    app("netbench", netbench::main),
+    app("contractbench", contractbench::main),
+    App { name: "conformance", main: crate::conformance::main, bare: true },
 ];
 
 /// The application of that name, or a line for a person.
 pub(crate) fn find(name: &str) -> Result<App, String> {
-    APPS.iter().find(|(known, _)| *known == name).map(|(_, app)| *app).ok_or_else(|| {
-        let known: alloc::vec::Vec<&str> = APPS.iter().map(|(name, _)| *name).collect();
+    APPS.iter().find(|app| app.name == name).copied().ok_or_else(|| {
+        let known: alloc::vec::Vec<&str> = APPS.iter().map(|app| app.name).collect();
         alloc::format!("there is no application {name:?}: this module has {}", known.join(", "))
     })
 }

@@ -139,7 +139,11 @@ fn start() -> Result<Domain, String> {
     let app = config.app.first().map(|name| apps::find(name)).transpose()?;
     let kernel = Kernel::new(LinuxHost, config);
     let mut domain = Domain { kernel: kernel.clone(), app: None };
-    let started = start_components(&kernel).and_then(|()| match app {
+    let components = match app {
+        Some(app) if app.bare => Ok(()),
+        _ => start_components(&kernel),
+    };
+    let started = components.and_then(|()| match app {
         Some(app) => start_app(&kernel, app).map(Some),
         None => Ok(None),
     });
@@ -163,7 +167,7 @@ fn start_components(kernel: &Arc<Kernel<LinuxHost>>) -> Result<(), String> {
 fn start_app(kernel: &Arc<Kernel<LinuxHost>>, app: apps::App) -> Result<hypercall::ThreadId, String> {
     let kernel = kernel.clone();
     let run = move || {
-        let status = app(&kernel);
+        let status = (app.main)(&kernel);
         if !kernel.stopping() {
             log::info!("the application ended with status {}", status.code());
         }

@@ -92,6 +92,10 @@ pub(crate) type Entry = Box<dyn FnOnce() + Send + 'static>;
 
 impl Threads for LinuxHost {
     fn spawn(&self, spec: ThreadSpec<'_>, entry: Entry) -> Result<ThreadId> {
+        // `ANY_CPU` is a number, too.
+        if spec.cpu.is_some_and(|cpu| cpu.0 >= self.cpu_count()) {
+            return Err(Error::Invalid);
+        }
         let entry: *mut Entry = Box::into_raw(Box::new(entry));
         let cpu = spec.cpu.map_or(ffi::ANY_CPU, |cpu| cpu.0);
         let mut id = 0;

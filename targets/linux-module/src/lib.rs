@@ -13,6 +13,7 @@
 extern crate alloc;
 
 mod apps;
+mod conformance;
 mod entry;
 mod ffi;
 #[cfg(target_os = "none")]
