@@ -31,6 +31,8 @@ mod sync;
 mod thread;
 mod time;
 
+#[doc(hidden)]
+pub use console::{SERIAL_LINE, interrupt_by_serial_port};
 pub use host::Machine;
 
 #[cfg(target_os = "none")]

@@ -96,9 +96,22 @@ fn run() -> ExitStatus {
         }
     }
     let kernel = Kernel::new(Machine, config);
+    #[cfg(feature = "drivers")]
+    if let Err(error) = drivers(&kernel) {
+        log::error!("{error}");
+        return ExitStatus::Failure;
+    }
     let entry = crate::boot::entry_tsc();
     log::debug!("{} ticks from the first instruction to main", crate::cpu::regs::rdtsc() - entry);
     let status = anykernel_application(&kernel);
     kernel.shutdown();
     status
+}
+
+/// Finds the devices and starts the stacks on them.
+#[cfg(feature = "drivers")]
+fn drivers(kernel: &Arc<Kernel<Machine>>) -> Result<(), anykernel::StartError> {
+    anykernel_virtio::probe(kernel)?;
+    anykernel_vfs::start(kernel)?;
+    Ok(())
 }

@@ -65,6 +65,24 @@ mod application {
         panic!("as requested")
     }
 
+    /// Judges the machine by the suites of the contracts that it offers.
+    fn conformance() -> ExitStatus {
+        use hypercall::conformance::{self, CheckReport, Outcome};
+        let mut failed = 0;
+        let mut report = |check: CheckReport| {
+            failed += u32::from(matches!(check.outcome, Outcome::Fail(_)));
+            say(&format!("{check}"));
+        };
+        conformance::run(Machine, &mut report);
+        conformance::run_dma(Machine, &mut report);
+        conformance::run_mmio(Machine, &mut report);
+        conformance::run_pci(Machine, &mut report);
+        let line = hypercall::IrqSource::Line(anykernel_rumprun::SERIAL_LINE);
+        conformance::run_irq(Machine, line, &mut anykernel_rumprun::interrupt_by_serial_port, &mut report);
+        say(&format!("conformance: {failed} failed"));
+        if failed == 0 { ExitStatus::Success } else { ExitStatus::Failure }
+    }
+
     pub(crate) fn main(kernel: &Arc<Kernel<Machine>>) -> ExitStatus {
         let word = kernel.config().app.get(1).map_or("", |word| word.as_str());
         static CONSTANT: [u8; 4] = [1, 2, 3, 4];
@@ -93,6 +111,7 @@ mod application {
                 call();
                 ExitStatus::Failure
             }
+            "conformance" => conformance(),
             "fail" => Machine.exit(ExitStatus::Failure),
             _ => {
                 say("hello: unknown request");

@@ -1,6 +1,6 @@
 //! The other CPUs: how they are started, and what each does first (Intel SDM volume 3, 8.4).
 
-use super::{MAX_CPUS, PerCpu, descriptors, regs};
+use super::{MAX_CPUS, PerCpu};
 use crate::interrupts::apic;
 use crate::memory::{frames, paging, stacks};
 use crate::{thread, time};
@@ -126,16 +126,16 @@ extern "C" fn secondary_main(number: u32) -> ! {
     let ready = unsafe {
         paging::enable_on_this_cpu();
         super::adopt(number);
-        descriptors::load()
+        super::descriptors::load()
     };
     apic::enable();
     super::this().apic_id.set(apic::id());
     time::pvclock::enable_on_this_cpu();
     let idle = ready.and_then(|()| thread::create_idle(number));
-    let Ok(idle) = idle else { regs::halt_forever() };
+    let Ok(idle) = idle else { super::regs::halt_forever() };
     thread::scheduler::set_idle(idle);
     if CLOSED.load(Ordering::SeqCst) {
-        regs::halt_forever();
+        super::regs::halt_forever();
     }
     ARRIVED.fetch_add(1, Ordering::SeqCst);
     thread::park::unpark(&ARRIVED, u32::MAX);
