@@ -29,7 +29,8 @@ fn taps_joined_by_a_bridge() {
 #[ignore = "taps_joined_by_a_bridge runs it in a namespace"]
 fn inside_the_namespace() {
     let tap = |name| Link::Tap(Tap::open_interface(name).unwrap());
-    let owner = HostOwner::new(HostSetup { cpus: 2, links: vec![tap("ak0"), tap("ak1")], ..HostSetup::default() });
+    let owner =
+        HostOwner::new(HostSetup { cpus: 2, links: vec![tap("ak0"), tap("ak1")], ..HostSetup::default() });
     // An interface is taken by one process only, and only by name.
     assert!(Tap::open_interface("ak0").unwrap_err().line.contains("in use"));
     assert!(Tap::open_interface("lo").unwrap_err().line.contains("not a TAP"));
