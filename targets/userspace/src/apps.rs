@@ -27,7 +27,7 @@ pub fn run<H: Host>(name: &str, kernel: &Arc<Kernel<H>>) -> Option<ExitStatus> {
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let all = candidates.into_iter().map(|candidate| (distance(word, candidate), candidate));
     all.min()
-        .filter(|(distance, candidate)| *distance <= candidate.len().max(word.len()) / 2)
+        .filter(|(distance, candidate)| *distance <= candidate.len().max(word.len()).div_ceil(2))
         .map(|(_, name)| name)
 }
 
