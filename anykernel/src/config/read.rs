@@ -44,7 +44,7 @@ impl<'a> At<'a> {
     fn object(self, known: &[&str]) -> Result<Object<'a>> {
         let Value::Object(map) = self.value else { return self.wrong_type("an object") };
         let object = Object { path: self.path, map };
-        for key in map.keys().filter(|key| !known.contains(&key.as_str())) {
+        if let Some(key) = map.keys().find(|key| !known.contains(&key.as_str())) {
             let nearest = known.iter().min_by_key(|name| distance(name, key)).unwrap_or(&"");
             let shown: String = key.chars().take(64).flat_map(char::escape_debug).collect();
             return Err(format!("unknown key `{}`; did you mean `{nearest}`?", object.path_of(&shown)));

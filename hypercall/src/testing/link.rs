@@ -10,6 +10,8 @@ use std::sync::Mutex;
 /// Frames that one direction of a wire holds.
 const CAPACITY: usize = 256;
 
+type SharedWire = Arc<Mutex<Wire>>;
+
 /// One direction.
 #[derive(Default)]
 struct Wire {
@@ -26,8 +28,8 @@ struct Wire {
 pub(super) struct End {
     info: LinkInfo,
     open: bool,
-    out: Arc<Mutex<Wire>>,
-    inward: Arc<Mutex<Wire>>,
+    out: SharedWire,
+    inward: SharedWire,
 }
 
 impl TestHost {
@@ -38,12 +40,12 @@ impl TestHost {
 
     /// Joins a new link of this host to a new link of `other`; returns both numbers.
     pub fn add_link_to(&self, other: &TestHost) -> (u32, u32) {
-        let (there, back) = (Arc::<Mutex<Wire>>::default(), Arc::<Mutex<Wire>>::default());
+        let (there, back) = (SharedWire::default(), SharedWire::default());
         let here = self.add_end(1, there.clone(), back.clone());
         (here, other.add_end(2, back, there))
     }
 
-    fn add_end(&self, side: u8, out: Arc<Mutex<Wire>>, inward: Arc<Mutex<Wire>>) -> u32 {
+    fn add_end(&self, side: u8, out: SharedWire, inward: SharedWire) -> u32 {
         let mut links = self.0.links.lock().unwrap();
         let number = links.len() as u32;
         let info = LinkInfo { mac: [2, 0, 0, 0, number as u8, side], mtu: 1500 };
@@ -57,7 +59,7 @@ impl TestHost {
     }
 
     /// The wires of an open link: out and in.
-    fn wires(&self, link: u32) -> Result<(Arc<Mutex<Wire>>, Arc<Mutex<Wire>>, LinkInfo)> {
+    fn wires(&self, link: u32) -> Result<(SharedWire, SharedWire, LinkInfo)> {
         let links = self.0.links.lock().unwrap();
         let end = links.get(link as usize).ok_or(Error::NotFound)?;
         if !end.open {

@@ -17,10 +17,11 @@ mod link;
 pub use block::DiskCalls;
 pub use device::Registers;
 
+use crate::atomic::AtomicU32;
 use crate::*;
 use alloc::{boxed::Box, string::String, vec::Vec};
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::collections::HashMap;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
