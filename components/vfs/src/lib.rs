@@ -15,6 +15,7 @@ mod clock_map;
 pub mod ext4;
 pub mod hostblk;
 pub mod namespace;
+mod partition;
 mod start;
 #[cfg(test)]
 mod testing;

@@ -3,6 +3,7 @@
 use crate::cache::BlockCache;
 use crate::ext4::Ext4;
 use crate::namespace::MountTree;
+use crate::partition;
 use crate::tmpfs::TmpFs;
 use alloc::string::ToString;
 use alloc::sync::Arc;
@@ -30,6 +31,7 @@ pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     let cache = BlockCache::for_kernel(kernel);
     kernel.add_fs_type(Arc::new(Ext4::new(kernel, cache)));
     kernel.add_fs_type(Arc::new(TmpFs::new(kernel.host())));
+    partition::scan(kernel);
     let tree = MountTree::new(kernel);
     kernel.set_namespace(tree.clone());
     let mounts = &kernel.config().mounts;

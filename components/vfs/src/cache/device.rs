@@ -3,7 +3,6 @@
 use super::fill::Fill;
 use super::shard::{Data, Key, page_bits, pages_of};
 use super::{BlockCache, PAGE};
-use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec;
 use anykernel::block::{BlockDevice, BlockError, BlockInfo, Op};
@@ -275,7 +274,7 @@ impl<H: Host> CachedDevice<H> {
             let memory = super::shard::allocate((count * sector) as usize)?;
             let buffers =
                 anykernel::block::transfer(self.cache.host, &*self.device, Op::Read, first, vec![memory])?;
-            let memory: &Box<[u8]> = buffers.first().ok_or(BlockError::Gone)?;
+            let memory = buffers.first().ok_or(BlockError::Gone)?;
             let skip = (at - first * sector) as usize;
             part.copy_from_slice(memory.get(skip..skip + part.len()).ok_or(BlockError::Gone)?);
         }
@@ -286,11 +285,11 @@ impl<H: Host> CachedDevice<H> {
     fn edge_pages(&self, piece: Piece, offset: u64) -> u16 {
         let (first, count) = pages_of(piece.at, piece.len);
         let mut edges = 0;
-        if piece.at % PAGE != 0 {
+        if !piece.at.is_multiple_of(PAGE) {
             edges |= page_bits(first, 1);
         }
         // The last page of the device ends where the device does.
-        if (piece.at + piece.len) % PAGE != 0 && offset + (piece.len as u64) < self.bytes {
+        if !(piece.at + piece.len).is_multiple_of(PAGE) && offset + (piece.len as u64) < self.bytes {
             edges |= page_bits(first + count - 1, 1);
         }
         edges

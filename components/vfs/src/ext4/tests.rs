@@ -7,14 +7,13 @@ use alloc::collections::BTreeMap;
 use alloc::vec;
 use alloc::vec::Vec;
 use anykernel::config::Config;
-use anykernel::fs::Timestamp;
 use hypercall::testing::TestHost;
+use std::format;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::string::ToString;
-use std::{format, println};
 
 /// Runs a program of e2fsprogs, which `cargo xtask test` installs; without it the test fails.
 fn run(program: &str, arguments: &[&str]) -> Vec<u8> {
@@ -213,14 +212,7 @@ fn hashes_as_debugfs_does() {
     let bytes: Vec<u8> =
         (0..16).map(|at| u8::from_str_radix(&seed.replace('-', "")[at * 2..][..2], 16).unwrap()).collect();
     let long = "n".repeat(255);
-    for (version, name) in [
-        (0, "legacy"),
-        (1, "half_md4"),
-        (2, "tea"),
-        (3, "legacy_unsigned"),
-        (4, "half_md4_unsigned"),
-        (5, "tea_unsigned"),
-    ] {
+    for (version, name) in [(0, "legacy"), (1, "half_md4"), (2, "tea")] {
         for file in ["a", "abcd", "some file name", "sixteen bytes ok", "\u{e9}\u{fc} not ASCII", &long] {
             let shown =
                 run("debugfs", &["-R", &format!("dx_hash -h {name} -s {seed} \"{file}\""), "/dev/null"]);

@@ -256,7 +256,8 @@ impl<H: Host> fs::Namespace for MountTree<H> {
     }
 
     fn open(&self, path: &[u8], options: OpenOptions) -> Result<File> {
-        if !options.read && !options.write || (options.truncate || options.create) && !options.write {
+        let changes = options.truncate || options.create || options.create_new;
+        if !options.write && (changes || !options.read) {
             return Err(FsError::Invalid);
         }
         let last = if options.create_new { Last::Keep } else { Last::Follow };
@@ -384,9 +385,11 @@ impl<H: Host> fs::Namespace for MountTree<H> {
 
     fn sync(&self) -> Result<()> {
         // All of them, even if one fails.
-        self.table().iter().fold(Ok(()), |outcome, mount| {
+        let mut outcome = Ok(());
+        for mount in self.table().iter() {
             let synced = mount.filesystem.sync();
-            outcome.and(synced)
-        })
+            outcome = outcome.and(synced);
+        }
+        outcome
     }
 }
