@@ -9,6 +9,7 @@
 #include <linux/list.h>
 #include <linux/mutex.h>
 #include <linux/sched.h>
+#include <linux/sched/stat.h>
 #include <linux/sched/task.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
@@ -259,8 +260,16 @@ void ak_threads_end(void)
 
 void ak_yield(void)
 {
+	ktime_t pause = 10 * NSEC_PER_USEC;
+
 	ak_check_alive();
-	yield();
+	if (single_task_running()) {
+		cond_resched();
+		return;
+	}
+	/* yield() lets the fair scheduler choose us again at once, and EEVDF does so for whole slices. */
+	set_current_state(TASK_IDLE);
+	schedule_hrtimeout_range(&pause, 0, HRTIMER_MODE_REL);
 }
 
 /* ---- park and unpark ---- */

@@ -1,6 +1,6 @@
 //! The applications that are linked in.
 
-use crate::LinuxHost;
+use crate::{LinuxHost, conformance};
 use alloc::string::String;
 use alloc::sync::Arc;
 use anykernel::Kernel;
@@ -22,11 +22,26 @@ const fn app(name: &'static str, main: fn(&Arc<Kernel<LinuxHost>>) -> ExitStatus
 
 const APPS: &[App] = &[
     app("httpd", httpd::main),
-    app("selftest", selftest::main),
+    app("selftest", conformance::selftest),
     app("netbench", netbench::main),
     app("contractbench", contractbench::main),
-    App { name: "conformance", main: crate::conformance::main, bare: true },
+    App { name: "conformance", main: conformance::main, bare: true },
+    App { name: "crash", main: crash, bare: false },
 ];
+
+/// Panics as a component might, while other threads run and hold things: for trying what the module does then.
+fn crash(kernel: &Arc<Kernel<LinuxHost>>) -> ExitStatus {
+    let lock = Arc::new(anykernel::sync::Mutex::new(LinuxHost, ()));
+    let _held = lock.lock();
+    let waiter = lock.clone();
+    // It waits for ever, unless the end of the domain ends it.
+    let waits = kernel.spawn("crash-waits", None, move || drop(waiter.lock()));
+    if let Err(error) = waits {
+        log::error!("crash: {error}");
+        return ExitStatus::Failure;
+    }
+    panic!("as asked for");
+}
 
 /// The application of that name, or a line for a person.
 pub(crate) fn find(name: &str) -> Result<App, String> {

@@ -1,4 +1,4 @@
-//! The application `conformance`: the contract's own suite on this host, as JSON lines.
+//! The contract's own suite on this host, as JSON lines: the application `conformance`.
 //!
 //! Arguments: `core` (also without any), `block:N` for disk N (if it is writable its first MiB is overwritten), `link` for
 //! links 0 and 1, which Linux must have bridged. It runs without components, since those use the links themselves.
@@ -9,39 +9,65 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use anykernel::Kernel;
 use hypercall::conformance::{self, CheckReport, Outcome};
-use hypercall::{Clock, Console, ExitStatus, HostLink, Signal};
+use hypercall::{Clock, Console, ExitStatus, HostBlock, HostLink, Signal};
 
 /// Runs the suites that the arguments name.
 pub(crate) fn main(kernel: &Arc<Kernel<LinuxHost>>) -> ExitStatus {
     let arguments = kernel.config().app.get(1..).unwrap_or_default();
     let core = [String::from("core")];
     let mut failed = 0;
-    let mut report = |check: CheckReport| {
-        failed += usize::from(matches!(check.outcome, Outcome::Fail(_)));
-        let (name, status, reason) = (check.name, check.outcome.status(), check.outcome.reason());
-        let line = format!("{{\"check\":\"{name}\",\"status\":\"{status}\",\"reason\":{reason:?}}}\n");
-        LinuxHost.console_write(line.as_bytes());
-    };
     for argument in if arguments.is_empty() { &core } else { arguments } {
         let disk = argument.strip_prefix("block:").and_then(|number| number.parse().ok());
-        match (argument.as_str(), disk) {
-            ("core", _) => conformance::run(LinuxHost, &mut report),
-            ("link", _) => {
-                let peer = (LinuxHost.link_count() > 1).then_some(1);
-                if peer.is_some() {
-                    wait_for_wire();
-                }
-                conformance::run_link(LinuxHost, 0, peer, &mut report);
-            }
-            (_, Some(disk)) => conformance::run_block(LinuxHost, disk, &mut report),
+        failed += match (argument.as_str(), disk) {
+            ("core", _) => failures(|each| conformance::run(LinuxHost, each)),
+            ("link", _) => link(),
+            (_, Some(disk)) => block(disk),
             _ => {
                 log::error!("conformance: {argument:?} is not a suite: write core, block:N or link");
                 return ExitStatus::Usage;
             }
-        }
+        };
     }
     LinuxHost.console_write(format!("{{\"conformance\":\"done\",\"failed\":{failed}}}\n").as_bytes());
     if failed == 0 { ExitStatus::Success } else { ExitStatus::Failure }
+}
+
+/// The application `selftest`, and the suites that harm nothing: disks that are only read.
+pub(crate) fn selftest(kernel: &Arc<Kernel<LinuxHost>>) -> ExitStatus {
+    let wanted = kernel.config().app.get(1..).unwrap_or_default();
+    let mut failed = 0;
+    if wanted.is_empty() || wanted.iter().any(|group| group == "conformance") {
+        let read_only = |disk: &u32| LinuxHost.disk_info(*disk).is_ok_and(|info| info.read_only);
+        failed = (0..LinuxHost.disk_count()).filter(read_only).map(block).sum();
+    }
+    match selftest::main(kernel) {
+        ExitStatus::Success if failed > 0 => ExitStatus::Failure,
+        status => status,
+    }
+}
+
+/// Prints the verdicts of a suite and says how many were failures: what could not be judged is none.
+fn failures(run: impl FnOnce(&mut dyn FnMut(CheckReport))) -> usize {
+    let mut failed = 0;
+    selftest::suite(LinuxHost, |each| {
+        run(&mut |check| {
+            failed += usize::from(matches!(check.outcome, Outcome::Fail(_)));
+            each(check);
+        });
+    });
+    failed
+}
+
+fn block(disk: u32) -> usize {
+    failures(|each| conformance::run_block(LinuxHost, disk, each))
+}
+
+fn link() -> usize {
+    let peer = (LinuxHost.link_count() > 1).then_some(1);
+    if peer.is_some() {
+        wait_for_wire();
+    }
+    failures(|each| conformance::run_link(LinuxHost, 0, peer, each))
 }
 
 /// Sends from link 0 until link 1 receives: whoever loads the module bridges them only then. At most 10 s.
