@@ -1,9 +1,22 @@
 //! Messages of components, through the `log` crate, to standard error.
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use std::cell::RefCell;
 use std::io::Write;
 
 struct Logger;
+
+thread_local! {
+    /// What this thread's messages are kept in instead of being shown.
+    static CAPTURED: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
+}
+
+/// Keeps warnings and errors that `f` logs on this thread, for a caller that says it better.
+pub fn capture<R>(f: impl FnOnce() -> R) -> (R, Vec<String>) {
+    CAPTURED.set(Some(Vec::new()));
+    let result = f();
+    (result, CAPTURED.take().unwrap_or_default())
+}
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
@@ -12,6 +25,16 @@ impl Log for Logger {
 
     fn log(&self, record: &Record<'_>) {
         if !self.enabled(record.metadata()) {
+            return;
+        }
+        let kept = CAPTURED.with_borrow_mut(|captured| {
+            let Some(lines) = captured else { return false };
+            if record.level() <= Level::Warn {
+                lines.push(record.args().to_string());
+            }
+            true
+        });
+        if kept {
             return;
         }
         let level = match record.level() {

@@ -1,6 +1,6 @@
 //! What is on an image: found by looking, before anything starts, so that every target says the same about it.
 
-use crate::{ConsoleSink, Failure, HostDisk, Instance};
+use crate::{ConsoleSink, Failure, HostDisk, Instance, logger};
 use anykernel::config::{Config, Mount};
 use anykernel::fs::FsError;
 use std::path::Path;
@@ -17,7 +17,24 @@ pub struct Found {
 /// The first file system on the image, or the one on partition `partition` (from 1). Nothing is written.
 /// Failures are lines for a person.
 pub fn find_file_system(image: &Path, partition: Option<u32>) -> Result<Found, Failure> {
-    find_on(HostDisk::open(image, false)?, &image.display().to_string(), partition)
+    let disk = HostDisk::open(image, false)?;
+    let shown = image.display().to_string();
+    let (found, messages) = logger::capture(|| find_on(disk, &shown, partition));
+    // The driver knows more precisely what is wrong, but not the name of the image.
+    found.map_err(|failure| match messages.into_iter().find_map(|line| about_image(&line, &shown)) {
+        Some(line) => Failure::new(line),
+        None => failure,
+    })
+}
+
+/// `disk0: the image is ...` or `disk0p1: ...` with the name of the image instead.
+fn about_image(line: &str, shown: &str) -> Option<String> {
+    let (device, rest) = line.strip_prefix("disk0")?.split_once(": ")?;
+    let partition = match device {
+        "" => String::new(),
+        device => format!(", partition {}", device.strip_prefix('p')?),
+    };
+    Some(format!("{shown}{partition}: {rest}"))
 }
 
 fn find_on(disk: HostDisk, shown: &str, partition: Option<u32>) -> Result<Found, Failure> {
@@ -91,4 +108,17 @@ fn explain(shown: &str, kind: Option<&str>, error: FsError) -> Failure {
 pub fn root_mount(image: &Path, writable: bool) -> Result<Mount, Failure> {
     let found = find_file_system(image, None)?;
     Ok(Mount { source: found.device, target: "/".into(), kind: Some(found.kind), read_only: !writable })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_the_image() {
+        let about = |line| about_image(line, "a.img");
+        assert_eq!(about("disk0: it is cut short"), Some("a.img: it is cut short".into()));
+        assert_eq!(about("disk0p2: it is cut short"), Some("a.img, partition 2: it is cut short".into()));
+        assert_eq!(about("vfs: something else"), None);
+    }
 }

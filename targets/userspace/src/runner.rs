@@ -58,22 +58,29 @@ fn check(spec: &RunSpec) -> Result<(), Failure> {
         )));
     }
     for mount in &spec.config.mounts {
-        let disk = mount.source.strip_prefix("disk").map(|rest| rest.split('p').next().unwrap_or(rest));
-        let Some(disk) = disk else { continue };
-        let known = disk.parse().is_ok_and(|index: usize| index < spec.disks.len());
-        if !known {
-            let there = match spec.disks.len() {
-                0 => "no disk is attached: add --disk FILE".into(),
-                n => format!("the disks are disk0 to disk{}", n - 1),
-            };
-            return Err(Failure::usage(format!("no device is called {:?}: {there}", mount.source)));
-        }
+        check_device(&mount.source, spec.disks.len())?;
     }
     // Opened here for the message only; each target opens them its own way.
     for disk in &spec.disks {
         drop(HostDisk::open(&disk.path, disk.writable)?);
     }
     Ok(())
+}
+
+/// Refuses a name that no device can have.
+fn check_device(name: &str, disks: usize) -> Result<(), Failure> {
+    let disk = name.strip_prefix("disk").map(|rest| rest.split_once('p').map_or(rest, |(disk, _)| disk));
+    if name == "tmpfs" || disk.is_some_and(|disk| disk.parse().is_ok_and(|index: usize| index < disks)) {
+        return Ok(());
+    }
+    let mut known: Vec<_> = (0..disks).map(|index| format!("disk{index}")).collect();
+    known.push("tmpfs".into());
+    let hint = match apps::nearest(name, known.iter().map(String::as_str)) {
+        Some(nearest) if disk.is_none() => format!("did you mean {nearest}?"),
+        _ if disks == 0 => "no disk is attached: add --disk FILE".into(),
+        _ => format!("there are {}, and partitions as disk0p1", known.join(", ")),
+    };
+    Err(Failure::usage(format!("no device is called {name:?}: {hint}")))
 }
 
 fn start_failure(error: StartError) -> Failure {

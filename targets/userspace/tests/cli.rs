@@ -73,6 +73,12 @@ fn usage_errors_exit_with_2() {
     let args = ["run", "httpd", "--net", "none", "--publish", "8080:80"];
     fails_with(anykernel().args(args), 2, &["--publish", "--net user"]);
     fails_with(anykernel().args(["run", "httpd", "--mount", "disk0:/x"]), 2, &["disk0", "--disk"]);
+    fails_with(anykernel().args(["run", "httpd", "--mount", "dsik0:/x"]), 2, &["dsik0", "--disk"]);
+    fails_with(
+        anykernel().args(["run", "httpd", "--mount", "tmpsf:/x"]),
+        2,
+        &["tmpsf", "did you mean tmpfs"],
+    );
     fails_with(anykernel().args(["cp", "a", "b"]), 2, &["IMAGE:/path"]);
 }
 
@@ -109,6 +115,65 @@ fn what_is_no_file_system_is_refused() {
     let empty = dir.file("empty.img", b"");
     fails_with(anykernel().arg("ls").arg(empty), 1, &["empty"]);
     fails_with(anykernel().arg("ls").arg(dir.0.path()), 1, &["a directory"]);
+}
+
+const SITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/site.ext4");
+
+#[test]
+fn a_cut_or_corrupt_image_is_refused() {
+    let dir = Dir::new();
+    let image = std::fs::read(SITE).unwrap();
+    let mut corrupt = image.clone();
+    corrupt[1024 + 4..1024 + 8].fill(0xff);
+    let mut group = image.clone();
+    group[2048..2112].fill(0x5a);
+    let cases = [("cut.img", image[..200_000].to_vec()), ("corrupt.img", corrupt), ("group.img", group)];
+    for (name, content) in cases {
+        let path = dir.file(name, &content);
+        fails_with(anykernel().args(["run", "httpd", "--net", "none", "--disk"]).arg(&path), 1, &[name]);
+        fails_with(anykernel().arg("ls").arg(&path), 1, &[name]);
+        assert!(std::fs::read(&path).unwrap() == content, "nothing is written");
+    }
+}
+
+#[test]
+fn images_are_read_without_writing() {
+    let before = std::fs::read(SITE).unwrap();
+    let place = |path: &str| format!("{SITE}:{path}");
+    anykernel().args(["ls", SITE]).assert().success().stdout("docs\nindex.html\npicture.svg\nstyle.css\n");
+    anykernel().args(["ls", "-l", &place("/docs")]).assert().success().stdout(
+        predicate::str::contains("lrwxrwxrwx").and(predicate::str::contains("latest -> targets.txt")),
+    );
+    anykernel()
+        .args(["tree", SITE])
+        .assert()
+        .success()
+        .stdout(predicate::str::contains("1 directories, 8 files"));
+    let index =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/demo/site/index.html")).unwrap();
+    anykernel().args(["cat", &place("/index.html")]).assert().success().stdout(index);
+    let output =
+        anykernel().args(["stat", "--json", &place("/docs/latest")]).assert().success().get_output().clone();
+    let stat: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&stat["kind"], &stat["target"]), (&"symlink".into(), &"targets.txt".into()));
+    fails_with(anykernel().args(["cat", &place("/nope")]), 1, &["/nope", "no such file"]);
+    fails_with(anykernel().args(["cat", &place("/docs")]), 1, &["is a directory"]);
+    fails_with(anykernel().args(["ls", &format!("{SITE}:3:/")]), 1, &["no partition 3"]);
+
+    let dir = Dir::new();
+    let to = dir.0.path().join("copy");
+    anykernel().args(["cp", &place("/")]).arg(&to).assert().code(2);
+    anykernel().args(["cp", "-r", &place("/")]).arg(&to).assert().success();
+    for file in ["index.html", "docs/numbers.csv", "docs/latest"] {
+        let original = std::path::Path::new(SITE).with_file_name("site").join(file);
+        assert!(std::fs::read(to.join(file)).unwrap() == std::fs::read(original).unwrap(), "{file} differs");
+    }
+    assert_eq!(std::fs::read_link(to.join("docs/latest")).unwrap(), std::path::Path::new("targets.txt"));
+    // A second time over what is there.
+    anykernel().args(["cp", "-r", &place("/")]).arg(&to).assert().success();
+    let readme = dir.file("readme.txt", b"x");
+    fails_with(anykernel().arg("cp").arg(readme).arg(place("/")), 1, &["read-only"]);
+    assert!(std::fs::read(SITE).unwrap() == before, "the image was written to");
 }
 
 #[test]

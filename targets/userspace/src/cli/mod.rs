@@ -11,6 +11,7 @@ mod size;
 use anykernel_userspace::{Failure, interrupt, logger};
 use clap::{Parser, Subcommand};
 use hypercall::ExitStatus;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use std::process::ExitCode;
 
 /// Drivers and stacks of an anykernel, in a process, as a unikernel, or inside Linux.
@@ -45,6 +46,7 @@ pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     logger::init("warn");
     interrupt::install();
+    allow_many_files();
     let result = match cli.command {
         Command::Run(command) => command.run(),
         Command::Demo(command) => command.run(),
@@ -65,6 +67,14 @@ pub(crate) fn main() -> ExitCode {
             ExitCode::from(failure.status.code())
         }
     }
+}
+
+/// Each connection is a descriptor, and the usual limit of 1,024 is there for programs that use select(2).
+fn allow_many_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // What we may not raise we do without.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// What a subcommand comes to.

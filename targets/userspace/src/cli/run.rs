@@ -91,6 +91,9 @@ pub(super) struct Run {
     /// The configuration document (see `anykernel schema`); options given here win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Show messages up to this level: off, error, warn, info, debug or trace; warn unless --config says otherwise
+    #[arg(long, value_name = "LEVEL", value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
+    log: Option<String>,
     /// One JSON object a line on standard output: {"event":"console"|"publish"|"exit",...}
     #[arg(long)]
     json: bool,
@@ -118,7 +121,11 @@ fn read_config(path: &PathBuf) -> Result<Config, Failure> {
 
 impl Run {
     pub(super) fn run(self) -> Outcome {
-        let mut config = self.config.as_ref().map_or_else(|| Ok(Config::default()), read_config)?;
+        let unsaid = || Ok(Config { log: "warn".into(), ..Config::default() });
+        let mut config = self.config.as_ref().map_or_else(unsaid, read_config)?;
+        if let Some(level) = self.log {
+            config.log = level;
+        }
         logger::init(&config.log);
         config.app = std::iter::once(self.app).chain(self.args).collect();
         if config.mounts.is_empty()
