@@ -3,8 +3,8 @@
 //! The guest's Linux bridges its virtio-net interface with the module's `ak0`, so our stack is on QEMU's network with an
 //! address of its own, and Linux has none. Disks are virtio-blk devices of Linux, opened by the module.
 
-mod initramfs;
-mod kernel;
+pub mod initramfs;
+pub mod kernel;
 
 use super::{Machine, build};
 use crate::{Failure, RunSpec};
@@ -22,7 +22,7 @@ const DEFAULT_MEMORY: u64 = 512 << 20;
 const LEAST_MEMORY: u64 = 128 << 20;
 
 /// What the guest's own drivers are, in the order of loading. Which of them are built in differs between kernels.
-const MODULES: [&str; 12] = [
+pub const MODULES: [&str; 12] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
@@ -146,7 +146,7 @@ fn parameters(spec: &RunSpec) -> String {
 }
 
 /// Those of [`MODULES`] that the kernel has as files, compressed or not.
-fn find_modules(dir: &Path, found: &mut Vec<(String, PathBuf)>) {
+pub fn find_modules(dir: &Path, found: &mut Vec<(String, PathBuf)>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();

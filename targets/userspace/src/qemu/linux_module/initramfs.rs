@@ -2,7 +2,7 @@
 
 /// An archive in the making.
 #[derive(Default)]
-pub(super) struct Initramfs {
+pub struct Initramfs {
     bytes: Vec<u8>,
     inode: u32,
 }
@@ -12,17 +12,17 @@ const PROGRAM: u32 = 0o100_755;
 
 impl Initramfs {
     /// Adds a directory; its parent must be there.
-    pub(super) fn directory(&mut self, path: &str) {
+    pub fn directory(&mut self, path: &str) {
         self.entry(path, DIRECTORY, &[]);
     }
 
     /// Adds a file that may be executed.
-    pub(super) fn file(&mut self, path: &str, content: &[u8]) {
+    pub fn file(&mut self, path: &str, content: &[u8]) {
         self.entry(path, PROGRAM, content);
     }
 
     /// The archive.
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
         self.bytes
     }

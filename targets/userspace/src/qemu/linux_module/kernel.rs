@@ -9,15 +9,15 @@ use std::process::Command;
 
 /// A kernel that can be booted and built for.
 #[derive(Debug)]
-pub(super) struct GuestKernel {
+pub struct GuestKernel {
     /// As `uname -r` says it.
-    pub(super) release: String,
+    pub release: String,
     /// What boots.
-    pub(super) image: PathBuf,
+    pub image: PathBuf,
     /// Holds `kernel/drivers/...`.
-    pub(super) modules: PathBuf,
+    pub modules: PathBuf,
     /// For the module's build.
-    pub(super) headers: PathBuf,
+    pub headers: PathBuf,
 }
 
 fn told(path: &Path) -> impl Fn(std::io::Error) -> Failure + '_ {
@@ -25,7 +25,7 @@ fn told(path: &Path) -> impl Fn(std::io::Error) -> Failure + '_ {
 }
 
 /// A kernel of `series` ("6.1", "6.12"); packages are unpacked below `store`.
-pub(super) fn find(series: &str, store: &Path) -> Result<GuestKernel, Failure> {
+pub fn find(series: &str, store: &Path) -> Result<GuestKernel, Failure> {
     let newest = || newest_release(series);
     // What is here before what is new, so that a run needs the network only once.
     let release = match installed_headers(series).or_else(|| unpacked(series, store)) {
@@ -145,7 +145,7 @@ fn unpack_headers(release: &str, root: &Path, headers: &Path) -> Result<(), Fail
 }
 
 /// A busybox that needs no libraries: the installed one, else the package's.
-pub(super) fn busybox(store: &Path) -> Result<PathBuf, Failure> {
+pub fn busybox(store: &Path) -> Result<PathBuf, Failure> {
     let unpacked = store.join("busybox-static/bin/busybox");
     for path in [Path::new("/bin/busybox"), &unpacked] {
         if fs::read(path).is_ok_and(|program| is_static(&program)) {
