@@ -1,0 +1,4 @@
+//! Whole stacks against each other in memory, with virtual time.
+
+mod tcp;
+mod world;

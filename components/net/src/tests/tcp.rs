@@ -1,0 +1,279 @@
+//! TCP between two stacks.
+
+use super::world::{Link, MS, SECOND, Spec, World, error};
+use anykernel::nic::NicCaps;
+use anykernel::socket::{NetError, Shutdown};
+
+fn two() -> World {
+    World::new(&[Spec::v4(1), Spec::v4(2)])
+}
+
+#[test]
+fn connects_transfers_both_ways_and_closes() {
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.transfer((0, client), (1, server), 1 << 20, 60 * SECOND);
+    world.transfer((1, server), (0, client), 1 << 20, 60 * SECOND);
+    world.shard(0, client).tcp_shutdown(client, Shutdown::Write).unwrap();
+    world.pass(SECOND);
+    assert_eq!(world.recv(1, server), Some(Ok(std::vec![])));
+    // Half-closed: the other direction still works.
+    world.transfer((1, server), (0, client), 100_000, 60 * SECOND);
+    world.shard(1, server).tcp_shutdown(server, Shutdown::Write).unwrap();
+    world.pass(SECOND);
+    assert_eq!(world.recv(0, client), Some(Ok(std::vec![])));
+    world.shard(0, client).tcp_drop(client);
+    world.shard(1, server).tcp_drop(server);
+    world.pass(SECOND);
+    assert_eq!(world.nodes[0].shards[0].flows.len(), 0, "TIME-WAIT keeps no connection");
+    assert_eq!(world.nodes[1].shards[0].flows.len(), 0);
+    assert!(world.nodes[0].shards[0].time_waits.next_deadline_ns().is_some());
+    world.pass(20 * SECOND);
+    assert!(world.nodes[0].shards[0].time_waits.next_deadline_ns().is_none());
+}
+
+#[test]
+fn survives_loss_duplication_and_reordering() {
+    for seed in 1..=5u64 {
+        let mut world = two();
+        for _ in 0..seed {
+            world.random();
+        }
+        let (client, server) = world.pair();
+        world.link = Link { delay_ns: MS, lost: 10_000, duplicated: 10_000, late: 20_000 };
+        world.transfer((0, client), (1, server), 1 << 20, 600 * SECOND);
+        world.transfer((1, server), (0, client), 1 << 20, 600 * SECOND);
+    }
+}
+
+#[test]
+fn a_lost_handshake_is_repeated() {
+    for seed in 1..=20u64 {
+        let mut world = two();
+        for _ in 0..seed {
+            world.random();
+        }
+        world.link.lost = 300_000;
+        let accept = world.listen(1, "0.0.0.0:80", 16);
+        let client = world.connect(0, "10.0.0.1:50000", "10.0.0.2:80").unwrap();
+        let mut done = false;
+        world.run(29 * SECOND, |world| {
+            done = world.connected(0, client) == Some(Ok(()));
+            done
+        });
+        let outcome = world.connected(0, client);
+        assert!(
+            matches!(outcome, Some(Ok(()) | Err(NetError::Unreachable))) || outcome.is_none(),
+            "seed {seed}: {outcome:?}"
+        );
+        if done {
+            world.link.lost = 0;
+            world.send(0, client, b"x").unwrap().unwrap();
+            assert!(world.run(60 * SECOND, |_| accept.pop().is_some()), "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn nobody_listens() {
+    let mut world = two();
+    let client = world.connect(0, "10.0.0.1:50000", "10.0.0.2:81").unwrap();
+    world.pass(SECOND);
+    assert_eq!(error(world.connected(0, client)), NetError::Refused);
+    assert_eq!(world.nodes[1].counters.resets_sent.get(), 1);
+    world.shard(0, client).tcp_drop(client);
+    assert_eq!(world.nodes[0].shards[0].flows.len(), 0);
+}
+
+#[test]
+fn nobody_is_there() {
+    let mut world = two();
+    let client = world.connect(0, "10.0.0.1:50000", "10.0.0.77:80").unwrap();
+    world.pass(10 * SECOND);
+    assert_eq!(error(world.connected(0, client)), NetError::Unreachable);
+    assert_eq!(error(world.send(0, client, b"x")), NetError::Unreachable);
+}
+
+#[test]
+fn a_silent_peer_times_out() {
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.link.lost = 1_000_000;
+    world.send(0, client, b"lost").unwrap().unwrap();
+    world.pass(200 * SECOND);
+    assert_eq!(error(world.recv(0, client)), NetError::TimedOut);
+    let _ = server;
+}
+
+#[test]
+fn an_idle_connection_stays_and_keepalive_notices_death() {
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.pass(3600 * SECOND);
+    assert_eq!(world.recv(0, client), None);
+    world.shard(0, client).tcp_set_keepalive(client, Some(10 * SECOND)).unwrap();
+    world.pass(3600 * SECOND);
+    assert_eq!(world.recv(0, client), None, "the peer answers probes");
+    world.transfer((0, client), (1, server), 10_000, SECOND);
+    world.link.lost = 1_000_000;
+    world.pass(60 * SECOND);
+    assert_eq!(error(world.recv(0, client)), NetError::TimedOut);
+}
+
+#[test]
+fn abort_resets() {
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.shard(0, client).tcp_abort(client);
+    world.pass(SECOND);
+    assert_eq!(error(world.recv(1, server)), NetError::Reset);
+    assert_eq!(error(world.send(1, server, b"x")), NetError::Reset);
+}
+
+#[test]
+fn dropping_unread_data_resets() {
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.send(0, client, b"never read").unwrap().unwrap();
+    world.pass(SECOND);
+    world.shard(1, server).tcp_drop(server);
+    world.pass(SECOND);
+    assert_eq!(error(world.recv(0, client)), NetError::Reset);
+    assert_eq!(world.nodes[1].shards[0].flows.len(), 0);
+}
+
+#[test]
+fn a_full_backlog_drops_and_recovers() {
+    let mut world = two();
+    let accept = world.listen(1, "0.0.0.0:80", 2);
+    let mut clients = std::vec::Vec::new();
+    for port in 50_000..50_004 {
+        let local = std::format!("10.0.0.1:{port}");
+        clients.push(world.connect(0, &local, "10.0.0.2:80").unwrap());
+    }
+    world.pass(SECOND / 2);
+    let up =
+        |world: &mut World| clients.iter().filter(|flow| world.connected(0, **flow) == Some(Ok(()))).count();
+    assert_eq!(up(&mut world), 2);
+    assert!(world.nodes[1].counters.drop_backlog.get() >= 2);
+    let mut accepted = 0;
+    world.run(60 * SECOND, |_| {
+        accepted += usize::from(accept.pop().is_some());
+        accepted == 4
+    });
+    assert_eq!(accepted, 4, "later SYNs got the room");
+    assert_eq!(up(&mut world), 4);
+}
+
+#[test]
+fn to_ourselves() {
+    let mut world = two();
+    let accept = world.listen(0, "0.0.0.0:80", 4);
+    for (local, remote) in [("127.0.0.1:50000", "127.0.0.1:80"), ("10.0.0.1:50001", "10.0.0.1:80")] {
+        let client = world.connect(0, local, remote).unwrap();
+        world.pass(MS);
+        let server = accept.pop().unwrap().flow;
+        world.transfer((0, client), (0, server), 1 << 20, SECOND);
+        world.transfer((0, server), (0, client), 1 << 20, SECOND);
+    }
+}
+
+#[test]
+fn four_shards_carry_many_connections() {
+    let mut spec = Spec::v4(2);
+    spec.shards = 4;
+    let mut other = Spec::v4(1);
+    other.shards = 3;
+    let mut world = World::new(&[other, spec]);
+    let accept = world.listen(1, "0.0.0.0:80", 64);
+    let mut used = std::collections::BTreeSet::new();
+    for port in 50_000..50_032u16 {
+        let local = std::format!("10.0.0.1:{port}");
+        let client = world.connect(0, &local, "10.0.0.2:80").unwrap();
+        let mut server = None;
+        assert!(world.run(10 * SECOND, |_| {
+            server = server.or(accept.pop());
+            server.is_some()
+        }));
+        let server = server.unwrap().flow;
+        used.insert(server.shard);
+        world.transfer((0, client), (1, server), 50_000, 10 * SECOND);
+        world.transfer((1, server), (0, client), 50_000, 10 * SECOND);
+    }
+    assert_eq!(used.len(), 4);
+    assert!(world.nodes[1].counters.steered.get() > 0);
+}
+
+#[test]
+fn offloads_give_the_same_stream() {
+    let mut spec = Spec::v4(1);
+    spec.caps = NicCaps::TX_CHECKSUM | NicCaps::TSO4;
+    let mut world = World::new(&[spec, Spec::v4(2)]);
+    let (client, server) = world.pair();
+    world.transfer((0, client), (1, server), 1 << 20, 60 * SECOND);
+    world.transfer((1, server), (0, client), 1 << 20, 60 * SECOND);
+    assert_eq!(world.nodes[1].counters.drop_checksum.get(), 0);
+    let sent = world.nodes[0].counters.tx_frames.get();
+    assert!(sent < 1300, "{sent} frames: the device was to cut them");
+}
+
+#[test]
+fn a_small_transmit_queue_loses_nothing() {
+    let mut spec = Spec::v4(1);
+    spec.room = 4;
+    let mut world = World::new(&[spec, Spec::v4(2)]);
+    let (client, server) = world.pair();
+    world.transfer((0, client), (1, server), 1 << 20, 60 * SECOND);
+    assert_eq!(world.nodes[0].counters.drop_tx_full.get(), 0);
+}
+
+#[test]
+fn a_flood_of_syns_is_bounded() {
+    let mut world = two();
+    let accept = world.listen(1, "0.0.0.0:80", 64);
+    let client = world.connect(0, "10.0.0.1:50000", "10.0.0.2:80").unwrap();
+    world.trace = Some(std::vec::Vec::new());
+    world.pass(MS);
+    let trace = world.trace.take().unwrap();
+    let syn = trace.iter().find(|frame| frame.len() > 47 && frame[47] == 2).unwrap().clone();
+    accept.pop().unwrap();
+    for n in 0..5000u32 {
+        let mut frame = syn.clone();
+        frame[26..30].copy_from_slice(&(0x0a00_0010 + n % 200).to_be_bytes());
+        frame[34..36].copy_from_slice(&(1000 + n as u16).to_be_bytes());
+        let src = core::net::Ipv4Addr::from(<[u8; 4]>::try_from(&frame[26..30]).unwrap());
+        frame[24..26].fill(0);
+        let sum = crate::checksum::Sum::default().bytes(&frame[14..34]).finish();
+        frame[24..26].copy_from_slice(&sum.to_be_bytes());
+        frame[50..52].fill(0);
+        let sum = crate::checksum::Sum::default()
+            .pseudo_header(src.into(), core::net::Ipv4Addr::new(10, 0, 0, 2).into(), 6, frame.len() - 34)
+            .bytes(&frame[34..])
+            .finish();
+        frame[50..52].copy_from_slice(&sum.to_be_bytes());
+        world.inject(1, &frame);
+    }
+    world.settle();
+    assert_eq!(world.nodes[1].shards[0].half_open.len(), 64);
+    assert_eq!(world.nodes[1].shards[0].flows.len(), 1);
+    assert!(world.nodes[1].counters.drop_backlog.get() >= 4900);
+    // What was never answered is forgotten.
+    world.pass(60 * SECOND);
+    assert_eq!(world.nodes[1].shards[0].half_open.len(), 0);
+    assert_eq!(world.connected(0, client), Some(Ok(())));
+}
+
+#[test]
+fn the_limit_of_connections_holds() {
+    let mut spec = Spec::v4(2);
+    spec.limits.connections = 3;
+    let mut world = World::new(&[Spec::v4(1), spec]);
+    let _accept = world.listen(1, "0.0.0.0:80", 64);
+    let clients: std::vec::Vec<_> = (50_000..50_006)
+        .map(|port| world.connect(0, &std::format!("10.0.0.1:{port}"), "10.0.0.2:80").unwrap())
+        .collect();
+    world.pass(5 * SECOND);
+    let up = clients.iter().filter(|flow| world.connected(0, **flow) == Some(Ok(()))).count();
+    assert_eq!(up, 3);
+    assert!(world.nodes[1].counters.drop_no_memory.get() > 0);
+}
