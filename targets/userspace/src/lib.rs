@@ -22,4 +22,4 @@ pub use disk::HostDisk;
 pub use host::{ConsoleSink, ConsoleText, DomainExit, HostOwner, HostSetup, PosixHost};
 pub use instance::{Builder, Instance};
 pub use link::Link;
-pub use spec::{DiskSpec, Failure, NetSpec, Publish, RunSpec};
+pub use spec::{DiskSpec, Failure, MachineKind, NetSpec, Publish, RunSpec};

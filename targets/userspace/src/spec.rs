@@ -19,6 +19,8 @@ pub struct RunSpec {
     pub publish: Vec<Publish>,
     /// The network.
     pub net: NetSpec,
+    /// The machine that a unikernel boots on; other targets choose for themselves.
+    pub machine: MachineKind,
     /// CPUs, at least 1.
     pub cpus: u32,
     /// Memory in bytes; `None`: as much as the target usually gets.
@@ -81,6 +83,28 @@ impl FromStr for Publish {
         };
         let guest = guest.parse().ok().filter(|port| *port != 0).ok_or(HELP)?;
         Ok(Self { host: SocketAddrV4::new(address, host.parse().map_err(|_| HELP)?), guest })
+    }
+}
+
+/// A kind of virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MachineKind {
+    /// QEMU's microvm: virtio-mmio, no firmware to speak of. Boots fastest.
+    #[default]
+    Microvm,
+    /// QEMU's q35, a PC: PCI Express and ACPI.
+    Q35,
+}
+
+impl FromStr for MachineKind {
+    type Err = String;
+    /// `microvm` or `q35`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "microvm" => Ok(MachineKind::Microvm),
+            "q35" => Ok(MachineKind::Q35),
+            _ => Err("write microvm or q35".into()),
+        }
     }
 }
 

@@ -4,7 +4,8 @@ use super::Outcome;
 use super::run::On;
 use anykernel::config::Config;
 use anykernel_userspace::{
-    DiskSpec, Failure, HostDisk, NetSpec, Publish, RunSpec, gateway, interrupt, logger, plan, runner,
+    DiskSpec, Failure, HostDisk, MachineKind, NetSpec, Publish, RunSpec, gateway, interrupt, logger, plan,
+    runner,
 };
 use clap::Args;
 use hypercall::ExitStatus;
@@ -78,6 +79,7 @@ impl Demo {
             disks: vec![DiskSpec { path, writable: false }],
             publish: vec![Publish { host: SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), guest: 80 }],
             net: NetSpec::User,
+            machine: MachineKind::default(),
             cpus: self.cpus,
             memory: None,
             trace: None,

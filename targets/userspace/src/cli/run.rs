@@ -3,7 +3,9 @@
 use super::{Outcome, size};
 use anykernel::config::{Config, Interface, Mount};
 use anykernel_userspace::runner::{self, Target};
-use anykernel_userspace::{DiskSpec, Failure, NetSpec, Publish, RunSpec, apps, gateway, logger, plan};
+use anykernel_userspace::{
+    DiskSpec, Failure, MachineKind, NetSpec, Publish, RunSpec, apps, gateway, logger, plan,
+};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 
@@ -76,6 +78,9 @@ pub(super) struct Run {
     /// The guest's default router on a TAP
     #[arg(long, value_name = "ADDRESS", requires = "address")]
     gateway: Option<String>,
+    /// The machine that a unikernel boots on: microvm or q35
+    #[arg(long, default_value = "microvm", value_name = "KIND")]
+    machine: MachineKind,
     /// CPUs of the guest
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256), value_name = "N")]
     cpus: u32,
@@ -150,6 +155,7 @@ impl Run {
             disks: self.disks,
             publish: self.publish,
             net: self.net,
+            machine: self.machine,
             cpus: self.cpus,
             memory: self.memory,
             trace: self.trace,

@@ -17,6 +17,7 @@ pub mod accel;
 pub mod build;
 pub mod linux_module;
 pub mod rumprun;
+pub mod symbols;
 
 pub use accel::Accelerator;
 
@@ -83,7 +84,7 @@ impl Machine {
 
     /// QEMU's `microvm`: no PCI, no firmware, virtio-mmio of version 2. `name` is for messages.
     pub fn microvm(name: &'static str, spec: &RunSpec, default_memory: u64) -> Self {
-        let kind = "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off,auto-kernel-cmdline=on";
+        let kind = "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=on,auto-kernel-cmdline=on";
         let mut machine = Self::new(name, Bus::Mmio, kind, spec, default_memory);
         machine.args(["-global", "virtio-mmio.force-legacy=false"]);
         machine

@@ -1,13 +1,87 @@
 //! `--on rumprun`: the unikernel image of an application, booted in QEMU.
-//!
-//! To do here: build the image ([`super::build::cargo`]), hand it the configuration, and describe the machine.
 
-use crate::{Failure, RunSpec};
+use super::{Machine, build, symbols};
+use crate::{Failure, HostDisk, MachineKind, RunSpec};
 use hypercall::ExitStatus;
+use std::path::PathBuf;
+
+/// What the image is compiled for.
+const TARGET: &str = "x86_64-unknown-none";
+/// The profile of the workspace that images are built with.
+const PROFILE: &str = "image";
+/// Memory of the machine unless told otherwise.
+const DEFAULT_MEMORY: u64 = 128 << 20;
+
+/// Builds the image of the application `app` if it is not up to date, and says where it is.
+pub fn image(app: &str) -> Result<PathBuf, Failure> {
+    let what = format!("building the unikernel {app}");
+    let package = "anykernel-rumprun";
+    let workspace = build::workspace()?;
+    let target_dir =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
+    let args = [
+        "build",
+        "--package",
+        package,
+        "--profile",
+        PROFILE,
+        "--target",
+        TARGET,
+        "--features",
+        app,
+        "--bin",
+        app,
+    ];
+    build::cargo(&what, args).map_err(|failure| match target_is_there() {
+        true => failure,
+        false => Failure::new(format!(
+            "the Rust target {TARGET} is not installed: install it with `rustup target add {TARGET}`"
+        )),
+    })?;
+    let linked = target_dir.join(TARGET).join(PROFILE).join(app);
+    let packed = linked.with_extension("elf");
+    let fail = |error: &dyn std::fmt::Display| Failure::new(format!("{}: {error}", linked.display()));
+    let elf = std::fs::read(&linked).map_err(|error| fail(&error))?;
+    let image = symbols::pack(&elf).map_err(|error| fail(&error))?;
+    if std::fs::read(&packed).ok().as_ref() != Some(&image) {
+        // Whole or not at all: another run may be booting it.
+        let fresh = linked.with_extension(format!("elf.{}", std::process::id()));
+        std::fs::write(&fresh, &image)
+            .and_then(|()| std::fs::rename(&fresh, &packed))
+            .map_err(|error| fail(&error))?;
+    }
+    Ok(packed)
+}
+
+/// Whether the compiler can build for bare metal.
+fn target_is_there() -> bool {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output =
+        std::process::Command::new(rustc).args(["--print", "target-libdir", "--target", TARGET]).output();
+    output.is_ok_and(|output| std::path::Path::new(String::from_utf8_lossy(&output.stdout).trim()).is_dir())
+}
 
 /// Builds the image if it is not up to date, boots it and waits until it ends.
 ///
 /// Errors are lines for a person. The guest's own end is an `Ok`.
-pub fn run(_spec: &RunSpec) -> Result<ExitStatus, Failure> {
-    Err(Failure::new("the rumprun target is not part of this build yet: use --on userspace"))
+pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
+    let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
+    if spec.trace.is_some() {
+        return Err(Failure::usage("--trace works with --on userspace only"));
+    }
+    boot(spec, &image(app)?)
+}
+
+/// Boots an image that is there.
+pub fn boot(spec: &RunSpec, image: &std::path::Path) -> Result<ExitStatus, Failure> {
+    let mut machine = match spec.machine {
+        MachineKind::Microvm => Machine::microvm("the unikernel", spec, DEFAULT_MEMORY),
+        MachineKind::Q35 => Machine::q35("the unikernel", spec, DEFAULT_MEMORY),
+    };
+    // The configuration is the boot module: a file in memory, which leaves nothing behind.
+    let (config, _file) = HostDisk::memory_path(spec.config.to_json().as_bytes())
+        .map_err(|error| Failure::new(format!("handing over the configuration: {error}")))?;
+    machine.kernel(image);
+    machine.arg("-initrd").arg(config);
+    machine.run(spec)
 }
