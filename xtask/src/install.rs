@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// A file whose presence shows that the package is there.
-const PACKAGES: [(&str, &str); 19] = [
+const PACKAGES: &[(&str, &str)] = &[
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/sbin/mkfs.ext4", "e2fsprogs"),
     ("/sbin/mkfs.fat", "dosfstools"),
@@ -28,6 +28,9 @@ const PACKAGES: [(&str, &str); 19] = [
     ("/usr/bin/tshark", "tshark"),
 ];
 
+/// What benchmarks compare with and load with.
+const PEERS: &[(&str, &str)] = &[("/usr/sbin/nginx", "nginx-light"), ("/usr/bin/wrk", "wrk")];
+
 /// Debian's meta packages of the kernels that the module is built for and tested in.
 const KERNEL_HEADERS: [&str; 2] = ["linux-headers-cloud-amd64", "linux-headers-6.12-cloud-amd64"];
 
@@ -39,18 +42,31 @@ pub(crate) fn everything() -> Result {
     debian_packages()
 }
 
+/// Installs what the benchmarks compare with.
+pub(crate) fn benchmark_peers() -> Result {
+    install(missing(PEERS))
+}
+
 fn debian_packages() -> Result {
-    let mut missing: BTreeSet<&str> = PACKAGES
+    let mut packages = missing(PACKAGES);
+    packages.extend(KERNEL_HEADERS.iter().filter(|package| !package_installed(package)));
+    install(packages)
+}
+
+fn missing(known: &[(&'static str, &'static str)]) -> BTreeSet<&'static str> {
+    known
         .iter()
         // /sbin and /bin may be links into /usr or not.
         .filter(|(file, _)| !Path::new(file).exists() && !Path::new("/usr").join(&file[1..]).exists())
         .map(|(_, package)| *package)
-        .collect();
-    missing.extend(KERNEL_HEADERS.iter().filter(|package| !package_installed(package)));
-    if missing.is_empty() {
+        .collect()
+}
+
+fn install(packages: BTreeSet<&str>) -> Result {
+    if packages.is_empty() {
         return Ok(());
     }
-    let list: Vec<&str> = missing.into_iter().collect();
+    let list: Vec<&str> = packages.into_iter().collect();
     let by_hand = format!("apt-get install --no-install-recommends {}", list.join(" "));
     if !is_root() {
         return Err(format!("missing packages; run as root: {by_hand}"));

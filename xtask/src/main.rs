@@ -77,6 +77,7 @@ fn main() -> ExitCode {
 /// The benchmarks are a crate of their own, which is built only when they are wanted.
 fn bench(name: &str, json: bool) -> sh::Result {
     install::everything()?;
+    install::benchmark_peers()?;
     let anykernel = sh::anykernel()?;
     let dir = sh::work_dir("bench")?;
     let mut command = sh::cargo();

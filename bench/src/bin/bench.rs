@@ -25,6 +25,8 @@ struct Cli {
 enum Bench {
     /// Reading ext4 in a process, beside dd from a loop mount (root).
     Vfs,
+    /// The unikernel beside a Debian guest, on TAPs in a network namespace (root).
+    Net,
     /// A contract call beside a plain call, in every target.
     Contract,
 }
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.bench {
         Bench::Vfs => runner::vfs::bench(&cli.dir),
+        Bench::Net => programs().and_then(|programs| runner::net::bench(&cli.anykernel, &programs, &cli.dir)),
         Bench::Contract => runner::contract::bench(&cli.anykernel),
     };
     match result {
@@ -47,4 +50,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// `netload` and `netpeer` are built beside this program.
+fn programs() -> Result<PathBuf, String> {
+    let own = std::env::current_exe().map_err(|error| error.to_string())?;
+    own.parent().map(Into::into).ok_or_else(|| "this program has no directory".into())
 }
