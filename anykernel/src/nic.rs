@@ -81,8 +81,8 @@ pub trait NicQueue: Send {
     /// contiguous, Ethernet header first, no FCS. Returns how many there were.
     fn receive(&mut self, budget: usize, sink: &mut dyn FnMut(&[u8], RxMeta)) -> usize;
 
-    /// Reserves room for a frame of `len` bytes and lets `fill` write it in place (every byte; what it does not write is
-    /// unspecified but never another frame's data). It leaves with the next [`NicQueue::flush`] at the latest.
+    /// Reserves room for a frame of `len` bytes and lets `fill` write it in place: every byte, as what was there before is
+    /// unspecified (part of an earlier frame, for example). It leaves with the next [`NicQueue::flush`] at the latest.
     fn transmit(&mut self, len: usize, meta: TxMeta, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), TxFull>;
 
     /// Tells the device about everything transmitted since the last flush: one doorbell a batch.
