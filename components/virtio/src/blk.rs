@@ -215,6 +215,7 @@ impl<H: DeviceHost> Blk<H> {
 
     /// The thread: waits for interrupts, polls, watches over time.
     fn run(&self, kernel: &Kernel<H>) {
+        let mut watched_ns = self.host.monotonic_ns();
         loop {
             let seen = self.signal.count();
             if kernel.stopping() || self.gone.load(Ordering::Acquire) {
@@ -224,12 +225,12 @@ impl<H: DeviceHost> Blk<H> {
                 acknowledger.acknowledge();
             }
             self.poll_queues();
-            if self.arm() {
-                continue;
-            }
-            let now = self.host.monotonic_ns();
-            if !self.signal.wait(&self.host, seen, Some(now.saturating_add(WATCH_NS))) {
+            if self.host.monotonic_ns().saturating_sub(watched_ns) >= WATCH_NS {
+                watched_ns = self.host.monotonic_ns();
                 self.watch();
+            }
+            if !self.arm() {
+                self.signal.wait(&self.host, seen, Some(watched_ns.saturating_add(WATCH_NS)));
             }
         }
         self.polled.store(true, Ordering::Release);

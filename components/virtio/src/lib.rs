@@ -11,6 +11,8 @@
 #![warn(clippy::indexing_slicing, clippy::unwrap_used)]
 
 extern crate alloc;
+#[cfg(any(test, feature = "testing"))]
+extern crate std;
 
 mod blk;
 mod dma;
@@ -19,6 +21,10 @@ mod net;
 mod probe;
 mod queue;
 mod spec;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 mod transport;
 
 pub use probe::{BLK_MANIFEST, NET_MANIFEST, probe};

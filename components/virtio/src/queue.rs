@@ -34,6 +34,9 @@ impl Quiet {
     }
 }
 
+/// How often silence is renewed, in used entries: a power of two, and less than 2^16 by the largest queue.
+const SILENCE_MASK: u16 = (1 << 14) - 1;
+
 /// How a queue is to be made.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct QueueOptions {
@@ -91,6 +94,8 @@ struct InFlight<H: Dma, T> {
     /// Ring descriptors in use: 1 with an indirect table.
     descriptors: u16,
     last: u16,
+    /// Its place in the available ring.
+    avail: u16,
     writable: u64,
 }
 
@@ -266,10 +271,11 @@ impl<H: Dma, T> Queue<H, T> {
         self.in_flight += 1;
         let slot = self.layout.avail + 4 + 2 * usize::from(self.avail & self.mask);
         self.memory.u16_at(slot).store(head.to_le(), Relaxed);
-        self.avail = self.avail.wrapping_add(1);
         if let Some(entry) = self.heads.get_mut(usize::from(head)) {
-            *entry = Some(InFlight { lent: chain.lend(), token, descriptors, last, writable });
+            let (lent, avail) = (chain.lend(), self.avail);
+            *entry = Some(InFlight { lent, token, descriptors, last, avail, writable });
         }
+        self.avail = self.avail.wrapping_add(1);
         Ok(())
     }
 
@@ -326,13 +332,20 @@ impl<H: Dma, T> Queue<H, T> {
         let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.used & self.mask);
         let id = u32::from_le(self.memory.u32_at(at).load(Relaxed));
         let len = u32::from_le(self.memory.u32_at(at + 4).load(Relaxed));
+        let unpublished = self.avail.wrapping_sub(self.published);
         let entry = usize::try_from(id)
             .ok()
             .and_then(|id| self.heads.get_mut(id))
-            .and_then(Option::take)
+            // Not what the device was never told of: such an entry is among the last `unpublished` ones.
+            .and_then(|head| {
+                head.take_if(|entry| self.avail.wrapping_sub(entry.avail).wrapping_sub(1) >= unpublished)
+            })
             .ok_or(Fault::UsedId(id))?;
         if u64::from(len) > entry.writable {
-            // Keep it lent: what such a device does with the buffer is anybody's guess.
+            // It stays lent, as what such a device does with the buffer is anybody's guess.
+            if let Some(head) = usize::try_from(id).ok().and_then(|id| self.heads.get_mut(id)) {
+                *head = Some(entry);
+            }
             return Err(Fault::UsedLen(len));
         }
         let head = id as u16;
@@ -343,6 +356,10 @@ impl<H: Dma, T> Queue<H, T> {
         self.free_count += entry.descriptors;
         self.in_flight -= 1;
         self.used = self.used.wrapping_add(1);
+        if !self.interrupts && self.options.event_idx && self.used & SILENCE_MASK == 0 {
+            // Long before the index comes round to the event that silence was asked for with.
+            self.used_event(self.used.wrapping_sub(1));
+        }
         // SAFETY: the device returned this head, which was in flight.
         let chain = unsafe { entry.lent.reclaim() };
         Ok(Some(Returned { token: entry.token, chain, len }))
@@ -361,7 +378,7 @@ impl<H: Dma, T> Queue<H, T> {
     pub(crate) fn disable_interrupts(&mut self) {
         if core::mem::replace(&mut self.interrupts, false) {
             if self.options.event_idx {
-                // An index that was passed already is passed again in 65,535 entries only.
+                // An index that was passed already is passed again in 65,535 entries only; `pop` renews it before.
                 self.used_event(self.used.wrapping_sub(1));
             } else {
                 self.avail_flags(ring::AVAIL_NO_INTERRUPT);
@@ -386,6 +403,12 @@ impl<H: Dma, T> Queue<H, T> {
         let index = u16::from_le(self.memory.u16_at(self.layout.used + 2).load(Acquire));
         let done = index.wrapping_sub(self.used);
         if self.options.event_idx { done > skip } else { done > 0 }
+    }
+
+    /// How many returned chains wait to be popped.
+    #[cfg(test)]
+    pub(crate) fn pending_for_test(&self) -> u16 {
+        u16::from_le(self.memory.u16_at(self.layout.used + 2).load(Acquire)).wrapping_sub(self.used)
     }
 
     /// Ends the queue after the device was reset: every token in flight comes back with its chain.
