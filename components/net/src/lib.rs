@@ -42,7 +42,7 @@ mod udp;
 pub use config::{Ipv4Setting, Ipv6Setting, Limits, Settings};
 pub use counters::NetCounters;
 pub use provider::start;
-pub use shard::{FlowId, Poll, Shard, ShardSetup, UdpId};
+pub use shard::{FlowId, NicSetup, Poll, Shard, ShardSetup, UdpId};
 
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@
 
 use crate::config::{Limits, Settings};
 use crate::counters::NetCounters;
-use crate::shard::{FlowId, Message, Shard, ShardSetup, UdpId};
+use crate::shard::{FlowId, Message, NicSetup, Shard, ShardSetup, UdpId};
 use crate::slab::Key;
 use crate::tcp::listen::Accept;
 use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
@@ -218,7 +218,7 @@ pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
                 .zip(&mut queues)
                 .map(|(nic, queues)| {
                     let owner = id % queues.opened;
-                    (nic.info().clone(), queues.take(id), owner)
+                    NicSetup { info: nic.info().clone(), queue: queues.take(id), owner }
                 })
                 .collect();
             let settings = settings.clone();

@@ -77,6 +77,16 @@ pub(crate) struct Control {
     pub(crate) ndp: crate::ndp::Ndp,
 }
 
+/// An interface as one shard gets it.
+pub struct NicSetup {
+    /// What it is.
+    pub info: NicInfo,
+    /// The queue that this shard owns, if it owns one.
+    pub queue: Option<Box<dyn NicQueue>>,
+    /// The shard whose queue this shard's frames leave by.
+    pub owner: usize,
+}
+
 /// What a shard is made of.
 pub struct ShardSetup {
     /// Its number, below `count`.
@@ -89,8 +99,8 @@ pub struct ShardSetup {
     pub limits: Limits,
     /// Counters, the same for all shards.
     pub counters: NetCounters,
-    /// Every interface: what it is, our queue of it if we own one, and the shard whose queue we use otherwise.
-    pub nics: Vec<(NicInfo, Option<Box<dyn NicQueue>>, usize)>,
+    /// Every interface.
+    pub nics: Vec<NicSetup>,
     /// The settings of every interface.
     pub settings: Vec<Settings>,
     /// Now, in nanoseconds of the monotonic clock.
@@ -143,7 +153,7 @@ impl Shard {
         let mut prf = Prf::new(secret, id as u64);
         let mut ports = Vec::new();
         let mut interfaces = Vec::new();
-        for ((info, queue, owner), settings) in nics.into_iter().zip(&settings) {
+        for (NicSetup { info, queue, owner }, settings) in nics.into_iter().zip(&settings) {
             interfaces.push(interface(&info, settings));
             ports.push(Port::new(queue, owner, info.mac, info.caps));
         }

@@ -41,11 +41,10 @@ impl Shard {
 
     /// A segment of no connection we know (RFC 9293, 3.10.7.1 and 3.10.7.2).
     fn stranger_in(&mut self, tuple: Tuple, hash: u64, ip: &Ip<'_>, tcp: &Tcp) {
-        if tcp.has(flag::SYN) && tcp.flags & (flag::ACK | flag::RST | flag::FIN) == 0 {
-            if let Some(accept) = self.listeners.find(tuple.local, tuple.local_port) {
-                let accept = accept.clone();
-                return self.syn_in(accept, tuple, hash, ip, tcp);
-            }
+        let is_syn = tcp.has(flag::SYN) && tcp.flags & (flag::ACK | flag::RST | flag::FIN) == 0;
+        if is_syn && let Some(accept) = self.listeners.find(tuple.local, tuple.local_port) {
+            let accept = accept.clone();
+            return self.syn_in(accept, tuple, hash, ip, tcp);
         }
         self.io.counters.drop_no_socket.increment();
         self.tcp_reset(ip, tcp);

@@ -3,7 +3,7 @@
 
 use crate::config::{Ipv4Setting, Ipv6Setting, Limits, Settings};
 use crate::counters::NetCounters;
-use crate::shard::{FlowId, Shard, ShardSetup};
+use crate::shard::{FlowId, NicSetup, Shard, ShardSetup};
 use crate::tcp::listen::Accept;
 use alloc::sync::Arc;
 use anykernel::nic::{NicCaps, NicInfo, NicQueue, RxMeta, TxFull, TxMeta};
@@ -149,7 +149,7 @@ impl World {
                         secret: [index as u64 + 1, 2, 3, 4],
                         limits: spec.limits,
                         counters: counters.clone(),
-                        nics: std::vec![(info, queue, 0)],
+                        nics: std::vec![NicSetup { info, queue, owner: 0 }],
                         settings: std::vec![spec.settings.clone()],
                         now_ns: SECOND,
                     })

@@ -1,0 +1,185 @@
+//! The socket provider with threads: two instances joined by a host link.
+
+use anykernel::Kernel;
+use anykernel::config::{Config, Interface};
+use anykernel::socket::{NetError, Shutdown, SocketProvider, TcpListener, TcpStream, UdpSocket};
+use anykernel::task::{block_on, block_on_until};
+use hypercall::Clock;
+use hypercall::testing::TestHost;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+const SECOND: u64 = 1_000_000_000;
+
+struct Instance {
+    host: TestHost,
+    kernel: Arc<Kernel<TestHost>>,
+    net: Arc<dyn SocketProvider>,
+}
+
+impl Instance {
+    fn new(host: TestHost, last: u8) -> Self {
+        let interface = Interface {
+            ipv4: format!("10.0.0.{last}/24"),
+            ipv6: format!("fd00::{last}/64"),
+            gateway: None,
+            dns: vec![],
+        };
+        let config = Config { interfaces: vec![interface], ..Config::default() };
+        let kernel = Kernel::new(host, config);
+        anykernel_net::hostlink::register(&kernel).unwrap();
+        anykernel_net::start(&kernel).unwrap();
+        let net = kernel.sockets().unwrap();
+        Self { host, kernel, net }
+    }
+
+    fn within<F: Future>(&self, seconds: u64, future: F) -> F::Output {
+        let deadline = self.host.monotonic_ns() + seconds * SECOND;
+        block_on_until(self.host, future, Some(deadline)).expect("in time")
+    }
+
+    fn end(self) {
+        let Self { kernel, net, .. } = self;
+        drop(net);
+        kernel.shutdown();
+        assert_eq!(Arc::strong_count(&kernel), 1, "threads and the stack let go of the kernel");
+    }
+}
+
+fn pair() -> (Instance, Instance) {
+    let (a, b) = (TestHost::new(), TestHost::new());
+    a.add_link_to(&b);
+    (Instance::new(a, 1), Instance::new(b, 2))
+}
+
+/// Echoes every connection until its end.
+fn serve(server: &Instance, addr: &str) -> SocketAddr {
+    let executor = server.kernel.start_executor("echo").unwrap();
+    let listener = TcpListener(server.net.listen(addr.parse().unwrap(), 64).unwrap());
+    let at = listener.0.local_addr();
+    let spawner = executor.clone();
+    executor.spawn(async move {
+        while let Ok(stream) = listener.accept().await {
+            spawner.spawn(async move {
+                let mut buf = [0u8; 4096];
+                while let Ok(n @ 1..) = stream.recv(&mut buf).await {
+                    if stream.send_all(&buf[..n]).await.is_err() {
+                        break;
+                    }
+                }
+                let _ = stream.0.shutdown(Shutdown::Write);
+            });
+        }
+    });
+    at
+}
+
+async fn exchange(net: &dyn SocketProvider, to: SocketAddr, bytes: usize, seed: u8) {
+    let stream = TcpStream::connect(net, to).await.unwrap();
+    let data: Vec<u8> = (0..bytes).map(|at| (at ^ (at >> 8)) as u8 ^ seed).collect();
+    let (mut sent, mut got) = (0, Vec::new());
+    let mut buf = vec![0; 16384];
+    // Never more in flight than the echo's buffers hold, so that neither side waits for the other for ever.
+    while got.len() < bytes {
+        if sent < bytes && sent - got.len() < 16384 {
+            sent += stream.send(&data[sent..bytes.min(sent + 8192)]).await.unwrap();
+            continue;
+        }
+        let n = stream.recv(&mut buf).await.unwrap();
+        assert!(n > 0, "end after {} of {bytes}", got.len());
+        got.extend_from_slice(&buf[..n]);
+    }
+    assert!(got == data, "what came back differs");
+    stream.0.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(stream.recv(&mut buf).await, Ok(0));
+}
+
+#[test]
+fn echo_over_both_versions_from_many_threads() {
+    let (client, server) = pair();
+    let at = serve(&server, "[::]:7");
+    client.within(10, std::future::poll_fn(|cx| client.net.poll_configured(cx))).unwrap();
+    server.within(10, std::future::poll_fn(|cx| server.net.poll_configured(cx))).unwrap();
+    std::thread::scope(|scope| {
+        for seed in 0..8u8 {
+            let client = &client;
+            scope.spawn(move || {
+                let to: SocketAddr =
+                    if seed % 2 == 0 { "10.0.0.2:7" } else { "[fd00::2]:7" }.parse().unwrap();
+                assert_eq!(to.port(), at.port());
+                for _ in 0..4 {
+                    client.within(60, exchange(&*client.net, to, 100_000, seed));
+                }
+            });
+        }
+    });
+    client.end();
+    server.end();
+}
+
+#[test]
+fn udp_ping_and_refusal() {
+    let (client, server) = pair();
+    let to: SocketAddr = "10.0.0.2:5000".parse().unwrap();
+    let ours = UdpSocket(client.net.bind("0.0.0.0:0".parse().unwrap()).unwrap());
+    let theirs = UdpSocket(server.net.bind(to).unwrap());
+    let mut buf = [0u8; 2000];
+    client.within(10, ours.send_to(b"hello", to)).unwrap();
+    let (n, from) = server.within(10, theirs.recv_from(&mut buf)).unwrap();
+    assert_eq!(&buf[..n], b"hello");
+    assert_eq!(from, SocketAddr::new([10, 0, 0, 1].into(), ours.0.local_addr().port()));
+    server.within(10, theirs.send_to(b"back", from)).unwrap();
+    assert_eq!(client.within(10, ours.recv_from(&mut buf)).unwrap(), (4, to));
+
+    let nobody: SocketAddr = "10.0.0.2:5001".parse().unwrap();
+    client.within(10, ours.send_to(b"?", nobody)).unwrap();
+    assert_eq!(client.within(10, ours.recv_from(&mut buf)), Err(NetError::Refused));
+
+    let mut ping = client.net.ping("10.0.0.2".parse().unwrap()).unwrap();
+    client.within(10, std::future::poll_fn(|cx| ping.poll_reply(cx))).unwrap();
+    let mut own = client.net.ping("127.0.0.1".parse().unwrap()).unwrap();
+    client.within(10, std::future::poll_fn(|cx| own.poll_reply(cx))).unwrap();
+
+    let refused = client.within(10, TcpStream::connect(&*client.net, "10.0.0.2:9".parse().unwrap()));
+    assert_eq!(refused.err(), Some(NetError::Refused));
+    drop((ours, theirs, ping, own));
+    client.end();
+    server.end();
+}
+
+#[test]
+fn addresses_in_use_and_not_ours() {
+    let (client, server) = pair();
+    let any = "0.0.0.0:80".parse().unwrap();
+    let listener = client.net.listen(any, 1).unwrap();
+    assert_eq!(client.net.listen(any, 1).err(), Some(NetError::AddrInUse));
+    drop(listener);
+    drop(client.net.listen(any, 1).unwrap());
+    let foreign = "10.9.9.9:80".parse().unwrap();
+    assert_eq!(client.net.listen(foreign, 1).err(), Some(NetError::AddrNotAvailable));
+    assert_eq!(client.net.bind(foreign).err(), Some(NetError::AddrNotAvailable));
+    assert_eq!(client.net.connect("8.8.8.8:80".parse().unwrap()).err(), Some(NetError::Unreachable));
+    let first = client.net.bind("0.0.0.0:53".parse().unwrap()).unwrap();
+    assert_eq!(client.net.bind("0.0.0.0:53".parse().unwrap()).err(), Some(NetError::AddrInUse));
+    drop(first);
+    let mut literal = client.net.lookup("10.1.2.3").unwrap();
+    let found = block_on(client.host, std::future::poll_fn(|cx| literal.poll_addresses(cx))).unwrap();
+    assert_eq!(found, ["10.1.2.3".parse::<std::net::IpAddr>().unwrap()]);
+    assert_eq!(client.net.lookup("no servers.example").err(), Some(NetError::Invalid));
+    assert_eq!(client.net.lookup("no-servers.example").err(), Some(NetError::Unreachable));
+    client.end();
+    server.end();
+}
+
+#[test]
+fn a_lossy_link_loses_no_data() {
+    let (a, b) = (TestHost::new(), TestHost::new());
+    let (here, there) = a.add_link_to(&b);
+    a.lose_frames(here, 50);
+    b.lose_frames(there, 70);
+    let (client, server) = (Instance::new(a, 1), Instance::new(b, 2));
+    serve(&server, "0.0.0.0:7");
+    client.within(100, exchange(&*client.net, "10.0.0.2:7".parse().unwrap(), 200_000, 1));
+    client.end();
+    server.end();
+}
