@@ -2,26 +2,7 @@
 
 use hypercall::ContractVersion;
 
-/// A capability of the core contract.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Capability {
-    /// [`hypercall::Clock`].
-    Clock,
-    /// [`hypercall::Memory`].
-    Memory,
-    /// [`hypercall::Threads`].
-    Threads,
-    /// [`hypercall::Cpus`].
-    Cpus,
-    /// [`hypercall::Entropy`].
-    Entropy,
-    /// [`hypercall::Params`].
-    Params,
-    /// [`hypercall::Console`].
-    Console,
-    /// [`hypercall::Exit`].
-    Exit,
-}
+pub use hypercall::Capability;
 
 /// What a component is and may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -27,6 +27,7 @@ extern crate std;
 
 pub mod atomic;
 mod block;
+mod call;
 mod clock;
 pub mod conformance;
 mod cpu;
@@ -45,6 +46,7 @@ mod thread;
 mod version;
 
 pub use block::{DiskInfo, HostBlock};
+pub use call::{Call, Capability, Grants};
 pub use clock::Clock;
 pub use cpu::{CpuId, Cpus};
 pub use dma::{Dma, DmaAddr, DmaBlock, DmaDirection};

@@ -1,1 +1,16 @@
-//! Hosts around a host: tracing, grants.
+//! Hosts around a host: [`Granted`] refuses what a component was not granted, [`Traced`] records every call.
+//!
+//! A layer is a `Copy` handle, has every driver contract that the host inside has, and may be put around another
+//! layer. Its calls are inlined, so that a layer that is not used costs nothing.
+
+mod chrome;
+mod granted;
+mod ring;
+#[cfg(test)]
+mod tests;
+mod traced;
+
+pub use chrome::ChromeWriter;
+pub use granted::{GrantBook, Granted};
+pub use ring::TraceRing;
+pub use traced::{TraceEvent, TraceSink, Traced};

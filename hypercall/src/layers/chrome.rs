@@ -1,0 +1,96 @@
+//! [`ChromeWriter`]: traces as Perfetto and chrome://tracing read them.
+
+use super::{TraceEvent, TraceRing};
+use core::fmt::{self, Write};
+
+/// Writes trace events as JSON, "Trace Event Format", object form. One row per CPU; calls in which a thread sleeps are
+/// asynchronous spans beside it, because several of them overlap on one CPU.
+///
+/// The document is complete after [`ChromeWriter::finish`]; one that was cut off before is still read by both viewers.
+pub struct ChromeWriter<W> {
+    out: W,
+    events: u64,
+}
+
+impl<W: Write> ChromeWriter<W> {
+    /// Begins a document. `domain` names it in the viewer.
+    pub fn new(mut out: W, domain: &str) -> Result<Self, fmt::Error> {
+        out.write_str("{\"displayTimeUnit\":\"ns\",\"traceEvents\":[\n")?;
+        out.write_str("{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":1,\"tid\":0,\"args\":{\"name\":\"")?;
+        for char in domain.chars() {
+            match char {
+                '"' | '\\' => write!(out, "\\{char}")?,
+                char if char.is_control() => write!(out, "\\u{:04x}", u32::from(char))?,
+                char => out.write_char(char)?,
+            }
+        }
+        out.write_str("\"}}")?;
+        Ok(Self { out, events: 0 })
+    }
+
+    /// Writes one event.
+    pub fn event(&mut self, event: &TraceEvent) -> fmt::Result {
+        self.events += 1;
+        let (name, cpu) = (event.call.name(), event.cpu.0);
+        let start = Micros(event.start_ns);
+        let end = Micros(event.start_ns.saturating_add(event.duration_ns));
+        let out = &mut self.out;
+        if event.call.blocks() {
+            let id = self.events;
+            write!(
+                out,
+                ",\n{{\"name\":\"{name}\",\"cat\":\"wait\",\"ph\":\"b\",\"id\":{id},\"pid\":1,\"tid\":{cpu}"
+            )?;
+            write!(out, ",\"ts\":{start}")?;
+            arguments(out, event)?;
+            write!(
+                out,
+                "}},\n{{\"name\":\"{name}\",\"cat\":\"wait\",\"ph\":\"e\",\"id\":{id},\"pid\":1,\"tid\":{cpu}"
+            )?;
+            write!(out, ",\"ts\":{end}}}")
+        } else {
+            let duration = Micros(event.duration_ns);
+            write!(out, ",\n{{\"name\":\"{name}\",\"cat\":\"call\",\"ph\":\"X\",\"pid\":1,\"tid\":{cpu}")?;
+            write!(out, ",\"ts\":{start},\"dur\":{duration}")?;
+            arguments(out, event)?;
+            out.write_str("}")
+        }
+    }
+
+    /// Writes everything that is in `ring` now and returns how much that was.
+    pub fn drain(&mut self, ring: &TraceRing) -> Result<u64, fmt::Error> {
+        let before = self.events;
+        while let Some(event) = ring.pop() {
+            self.event(&event)?;
+        }
+        Ok(self.events - before)
+    }
+
+    /// Ends the document and gives the output back. `dropped` ([`TraceRing::dropped`]) is written into it.
+    pub fn finish(mut self, dropped: u64) -> Result<W, fmt::Error> {
+        write!(self.out, "\n],\"otherData\":{{\"events\":{},\"dropped\":{dropped}}}}}\n", self.events)?;
+        Ok(self.out)
+    }
+}
+
+fn arguments(out: &mut impl Write, event: &TraceEvent) -> fmt::Result {
+    out.write_str(",\"args\":{")?;
+    for (index, (name, value)) in event.call.arguments().iter().zip(event.arguments).enumerate() {
+        let comma = if index > 0 { "," } else { "" };
+        match value {
+            // Stands for none.
+            u64::MAX => write!(out, "{comma}\"{name}\":null")?,
+            value => write!(out, "{comma}\"{name}\":{value}")?,
+        }
+    }
+    out.write_str("}")
+}
+
+/// Nanoseconds, shown as the microseconds with fraction that the format wants.
+struct Micros(u64);
+
+impl fmt::Display for Micros {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{:03}", self.0 / 1000, self.0 % 1000)
+    }
+}
