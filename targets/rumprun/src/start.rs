@@ -113,5 +113,6 @@ fn run() -> ExitStatus {
 fn drivers(kernel: &Arc<Kernel<Machine>>) -> Result<(), anykernel::StartError> {
     anykernel_virtio::probe(kernel)?;
     anykernel_vfs::start(kernel)?;
+    anykernel_net::start(kernel)?;
     Ok(())
 }
