@@ -129,7 +129,12 @@ impl<H: Host + HostBlock + HostLink> Instance<H> {
         if kernel.host().disk_count() > 0 {
             anykernel_vfs::hostblk::register(kernel)?;
         }
-        anykernel_vfs::start(kernel)
+        anykernel_vfs::start(kernel)?;
+        if kernel.host().link_count() > 0 {
+            anykernel_net::hostlink::register(kernel)?;
+            anykernel_net::start(kernel)?;
+        }
+        Ok(())
     }
 }
 
