@@ -32,6 +32,8 @@ const TAG_ESCAPED: u32 = 0x1;
 const TAG_SAME_UUID: u32 = 0x2;
 const TAG_LAST: u32 = 0x8;
 
+/// Journals are not believed to be longer, in blocks; 16 times the default of the largest volumes.
+const MAX_BLOCKS: u32 = 1 << 22;
 /// More revoked blocks than this are not believed (16 MiB of memory).
 const MAX_REVOKED: usize = 1 << 20;
 
@@ -78,7 +80,10 @@ struct Journal<'a, H: Host> {
 /// Committed content that the log holds.
 struct Written {
     patch: Patch,
+    /// Its transaction, counted from the first in the log.
     sequence: u32,
+    /// Its place among all that was written.
+    order: u32,
 }
 
 /// Where in the log we are.
@@ -117,12 +122,12 @@ pub(super) fn replay<H: Host>(volume: &Arc<Volume<H>>) -> Result<Overlay> {
 
 /// The last committed content of each block, unless it was revoked in that transaction or later.
 fn overlay(mut written: Vec<Written>, mut revoked: Vec<(u64, u32)>) -> Result<Overlay> {
-    // Later ones come last. Sequence numbers wrap around, but those of one log lie close together; scan counts from 0.
-    written.sort_by_key(|written| (written.patch.block, written.sequence));
+    // Later ones come last.
+    written.sort_unstable_by_key(|written| (written.patch.block, written.order));
     revoked.sort_unstable();
     let mut patches: Vec<Patch> = Vec::new();
     patches.try_reserve_exact(written.len()).map_err(|_| FsError::NoMemory)?;
-    for Written { patch, sequence } in written {
+    for Written { patch, sequence, .. } in written {
         if patches.last().is_some_and(|last| last.block == patch.block) {
             patches.pop();
         }
@@ -174,7 +179,8 @@ impl<'a, H: Host> Journal<'a, H> {
         let log_end = end.checked_sub(fast).ok_or_else(broken)?;
         let (sequence, start) = (field(0x18)?, field(0x1c)?);
         if field(0xc)? as usize != inode.volume.block_size()
-            || u64::from(end) > blocks
+            || u64::from(end) > blocks.min(inode.volume.superblock.blocks)
+            || end > MAX_BLOCKS
             || first == 0
             || first >= log_end
         {
@@ -281,10 +287,12 @@ impl<'a, H: Host> Journal<'a, H> {
         let broken = || self.inode.bad("a descriptor block of the journal is wrong");
         let wide = self.features & INCOMPAT_64BIT != 0;
         let v3 = self.features & INCOMPAT_CSUM_V3 != 0;
+        // Version 2 of the checksums makes tags two bytes longer, and does not use them.
+        let unused = if self.features & INCOMPAT_CSUM_V2 != 0 { 2 } else { 0 };
         let tag_len = match (v3, wide) {
             (true, _) => 16,
-            (false, true) => 12,
-            (false, false) => 8,
+            (false, true) => 12 + unused,
+            (false, false) => 8 + unused,
         };
         let end = block.len() - if self.checksums() { 4 } else { 0 };
         let mut content = Vec::new();
@@ -317,7 +325,7 @@ impl<'a, H: Host> Journal<'a, H> {
                 escaped: flags & TAG_ESCAPED != 0,
             };
             written.try_reserve(1).map_err(|_| FsError::NoMemory)?;
-            written.push(Written { patch, sequence });
+            written.push(Written { patch, sequence, order: written.len() as u32 });
             tag += tag_len + if flags & TAG_SAME_UUID == 0 { 16 } else { 0 };
             if flags & TAG_LAST != 0 {
                 break;

@@ -33,6 +33,10 @@ fn image(tree: Option<&Path>, options: &[&str], size: &str) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     let mut arguments = vec!["-q", "-F"];
+    if !options.contains(&"-b") {
+        // Small volumes would get blocks of 1 KiB.
+        arguments.extend(["-b", "4096"]);
+    }
     arguments.extend(options);
     if let Some(tree) = tree {
         arguments.extend(["-d", tree.to_str().unwrap()]);
@@ -169,7 +173,14 @@ fn reads_every_variant() {
         &["-O", "^dir_index"],
         &["-O", "inline_data"],
         &["-O", "meta_bg,^resize_inode,metadata_csum_seed"],
-        &["-O", "bigalloc,large_dir,quota", "-E", "hash_seed=01234567-89ab-cdef-0123-456789abcdef"],
+        &[
+            "-O",
+            "bigalloc,large_dir,quota",
+            "-C",
+            "16384",
+            "-E",
+            "hash_seed=01234567-89ab-cdef-0123-456789abcdef",
+        ],
     ];
     for options in variants {
         let fs = mount(image(Some(tree.path()), options, "96M"))
@@ -222,4 +233,232 @@ fn hashes_as_debugfs_does() {
             assert_eq!(format!("{ours:x}"), theirs, "{name} of {file:?}: {shown}");
         }
     }
+}
+
+/// As [`run`], for e2fsck, whose status 1 says that it repaired something.
+fn repair(image: &Path) {
+    let done = Command::new("/usr/sbin/e2fsck").args(["-f", "-y", "-D"]).arg(image).output().unwrap();
+    assert!(matches!(done.status.code(), Some(0 | 1)), "{}", String::from_utf8_lossy(&done.stdout));
+}
+
+fn debugfs_write(image: &Path, commands: &[String]) {
+    let script = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&script, commands.join("\n")).unwrap();
+    run("debugfs", &["-w", "-f", script.path().to_str().unwrap(), image.to_str().unwrap()]);
+}
+
+#[test]
+fn finds_names_by_every_hash() {
+    let tree = sample_tree(3400);
+    for number in 0..300 {
+        fs::write(tree.path().join(format!("many/\u{e9}\u{6f22}{number}")), "").unwrap();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let original = image(Some(tree.path()), &["-b", "1024"], "64M");
+    for (hash, unsigned) in [("legacy", false), ("half_md4", false), ("half_md4", true), ("tea", true)] {
+        let path = dir.path().join("image");
+        fs::write(&path, &original).unwrap();
+        run("tune2fs", &["-E", &format!("hash_alg={hash}"), path.to_str().unwrap()]);
+        if unsigned {
+            debugfs_write(&path, &["set_super_value flags 2".to_string()]);
+        }
+        // Makes the indexes anew.
+        repair(&path);
+        let shown = run("debugfs", &["-R", "htree_dump /many", path.to_str().unwrap()]);
+        let shown = String::from_utf8_lossy(&shown);
+        assert!(shown.contains("Indirect levels: 1"), "{shown:.500}");
+        let fs = mount(fs::read(&path).unwrap()).unwrap();
+        compare(&walk(&fs, "many").unwrap(), &tree.path().join("many"));
+        for number in 0..300 {
+            assert_eq!(walk(&fs, &format!("many/{number}")).err(), Some(FsError::NotFound));
+        }
+    }
+}
+
+#[test]
+fn replays_the_journal_in_memory() {
+    let tree = sample_tree(10);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    let at = |name: &str| dir.path().join(name).into_os_string().into_string().unwrap();
+    for (options, open) in [
+        (&[][..], "-c"),
+        (&[], "-c -v 2"),
+        (&["-O", "^metadata_csum"], ""),
+        (&["-O", "^64bit,^metadata_csum"], ""),
+        (&["-O", "^64bit"], "-c"),
+        (&["-t", "ext3", "-b", "1024"], ""),
+    ] {
+        let clean = image(Some(tree.path()), options, "64M");
+        fs::write(&path, &clean).unwrap();
+        let block_size = if options.contains(&"1024") { 1024 } else { 4096 };
+        let blocks = run("debugfs", &["-R", "blocks /large", path.to_str().unwrap()]);
+        let blocks: Vec<String> =
+            String::from_utf8(blocks).unwrap().split_whitespace().map(|block| block.to_string()).collect();
+        for name in ["A", "B", "C", "D"] {
+            fs::write(at(name), vec![name.as_bytes()[0]; block_size]).unwrap();
+        }
+        // A block that begins with the journal's own magic number is changed in the journal.
+        let mut magic = vec![b'M'; block_size];
+        magic[..4].copy_from_slice(&journal::MAGIC.to_be_bytes());
+        fs::write(at("M"), &magic).unwrap();
+        fs::write(
+            at("ABC"),
+            [fs::read(at("A")).unwrap(), fs::read(at("B")).unwrap(), fs::read(at("C")).unwrap()].concat(),
+        )
+        .unwrap();
+        let transactions = [
+            format!("jo {open}"),
+            format!("jw -b {},{},{} {}", blocks[0], blocks[1], blocks[2], at("ABC")),
+            format!("jw -b {} {}", blocks[0], at("D")),
+            format!("jw -r {}", blocks[1]),
+            format!("jw -b {} {}", blocks[3], at("M")),
+            format!("jw -r {}", blocks[4]),
+            format!("jw -b {} {}", blocks[4], at("B")),
+            "jc".to_string(),
+        ];
+        debugfs_write(&path, &transactions);
+        let dirty = fs::read(&path).unwrap();
+        assert!(dirty[1024 + 0x60] & 4 != 0, "the image is dirty");
+        let disk = MemoryDisk::new(dirty.clone());
+        let fs_dirty = mount_disk(disk.clone()).unwrap_or_else(|error| panic!("{options:?} {open}: {error}"));
+        let ours = content(&walk(&fs_dirty, "large").unwrap()).unwrap();
+        let block = |number: usize| &ours[number * block_size..(number + 1) * block_size];
+        assert!(block(0).iter().all(|byte| *byte == b'D'), "{options:?} {open}");
+        assert!(block(1) == &pattern(5 << 20)[block_size..2 * block_size], "revoked, {options:?} {open}");
+        assert!(block(2).iter().all(|byte| *byte == b'C'));
+        assert!(block(3) == magic);
+        assert!(block(4).iter().all(|byte| *byte == b'B'), "revoked before it was written");
+        let mut part = [0; 6];
+        walk(&fs_dirty, "large").unwrap().read_at(3 * block_size as u64 - 3, &mut part).unwrap();
+        assert_eq!(part, [b'C', b'C', b'C', 0xc0, 0x3b, 0x39]);
+        assert!(disk.content() == dirty, "nothing is written");
+        // e2fsck replays it for good, and agrees.
+        repair(&path);
+        let repaired = mount(fs::read(&path).unwrap()).unwrap();
+        assert!(content(&walk(&repaired, "large").unwrap()).unwrap() == ours, "{options:?} {open}");
+
+        // The crash came before the last commit block was written: its transaction never happened.
+        let mut torn = dirty;
+        let journal = run("debugfs", &["-R", "blocks <8>", path.to_str().unwrap()]);
+        let journal: Vec<usize> = String::from_utf8(journal)
+            .unwrap()
+            .split_whitespace()
+            .map(|block| block.parse().unwrap())
+            .collect();
+        let is_commit = |image: &[u8], block: usize| {
+            image[block * block_size..][..8] == [0xc0, 0x3b, 0x39, 0x98, 0, 0, 0, 2]
+        };
+        let last = journal.iter().rev().find(|block| is_commit(&torn, **block)).copied().unwrap();
+        torn[last * block_size..][..block_size].fill(0);
+        let fs_torn = mount(torn).unwrap();
+        let ours = content(&walk(&fs_torn, "large").unwrap()).unwrap();
+        assert!(ours[4 * block_size..5 * block_size] == pattern(5 << 20)[4 * block_size..5 * block_size]);
+        assert!(ours[..block_size].iter().all(|byte| *byte == b'D'));
+    }
+}
+
+#[test]
+fn refuses_what_it_cannot_read_and_says_why() {
+    let host = TestHost::new();
+    let kernel = Kernel::new(host, Config::default());
+    let cache = BlockCache::for_kernel(&kernel);
+    let kind = Ext4::new(&kernel, cache);
+    let refused = |content: Vec<u8>| {
+        let disk: Arc<dyn BlockDevice> = MemoryDisk::new(content);
+        let error = kind.mount(Some(disk.clone()), true).err().unwrap();
+        (error, kind.probe(&disk).unwrap(), kind.explain(&disk).unwrap_or_default())
+    };
+    let good = image(None, &[], "4M");
+    let (error, probe, line) = refused(vec![0; 4 << 20]);
+    assert_eq!((error, probe), (FsError::NotAFileSystem, false));
+    assert!(line.contains("no ext2"), "{line}");
+    assert_eq!(refused(vec![0; 512]).0, FsError::NotAFileSystem);
+    let (error, probe, line) = refused(good[..2 << 20].to_vec());
+    assert_eq!((error, probe), (FsError::Corrupt, true));
+    assert!(line.contains("truncated") && line.contains("4194304"), "{line}");
+    let mut broken = good.clone();
+    broken[1024 + 8] ^= 1;
+    let (error, _, line) = refused(broken);
+    assert_eq!(error, FsError::Corrupt);
+    assert!(line.contains("checksum") && line.contains("e2fsck"), "{line}");
+    let mut feature = good.clone();
+    feature[1024 + 0x61] |= 0x10;
+    let (error, _, line) = refused(feature);
+    assert_eq!(error, FsError::Unsupported);
+    assert!(line.contains("dirdata"), "{line}");
+    let mut feature = good;
+    feature[1024 + 0x63] |= 0x80;
+    assert!(refused(feature).2.contains("0x80"));
+}
+
+#[test]
+fn a_wrong_checksum_is_corrupt() {
+    let tree = sample_tree(1500);
+    let good = image(Some(tree.path()), &[], "64M");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    fs::write(&path, &good).unwrap();
+    let ask = |request: &str| {
+        let shown = run("debugfs", &["-R", request, path.to_str().unwrap()]);
+        String::from_utf8(shown).unwrap()
+    };
+    let first_block = |file: &str| {
+        ask(&format!("blocks {file}")).split_whitespace().next().unwrap().parse::<usize>().unwrap()
+    };
+    let broken = |at: usize, path: &str| {
+        let mut image = good.clone();
+        image[at] ^= 0x10;
+        mount(image).and_then(|fs| walk(&fs, path)).err()
+    };
+    // Unused bytes, so that only the checksum can tell.
+    let leaf = first_block("/dir") * 4096;
+    assert_eq!(broken(leaf + 4096 - 20, "dir/fast"), Some(FsError::Corrupt));
+    let index = first_block("/many") * 4096;
+    assert_eq!(broken(index + 0x1f, "many/a file with number 7"), Some(FsError::Corrupt));
+    // "located at block 39, offset 0x0e00"
+    let place = ask("imap /one");
+    let number = |after: &str| {
+        let rest = place.split(after).nth(1).unwrap();
+        let rest = rest.split([',', '\n']).next().unwrap().trim();
+        rest.strip_prefix("0x").map_or_else(|| rest.parse(), |hex| usize::from_str_radix(hex, 16)).unwrap()
+    };
+    let inode = number("at block ") * 4096 + number("offset ");
+    assert_eq!(broken(inode + 200, "one"), Some(FsError::Corrupt));
+    // A field of the first group descriptor that this reader does not need.
+    assert_eq!(broken(4096 + 0x18, "one"), Some(FsError::Corrupt));
+}
+
+#[test]
+fn many_threads_read_at_once() {
+    let tree = sample_tree(300);
+    let fs = mount(image(Some(tree.path()), &[], "64M")).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| compare(&fs.root().unwrap(), tree.path()));
+        }
+    });
+}
+
+#[test]
+fn agrees_with_ext4_view() {
+    let tree = sample_tree(500);
+    let image = image(Some(tree.path()), &[], "64M");
+    let theirs = ext4_view::Ext4::load(std::boxed::Box::new(image.clone())).unwrap();
+    let ours = mount(image).unwrap();
+    for path in ["large", "odd", "sparse", "dir/sub/\u{fc}\u{6f22}", "many/a file with number 499"] {
+        let inode = walk(&ours, path).unwrap();
+        let shown = format!("/{path}");
+        let metadata = theirs.metadata(shown.as_str()).unwrap();
+        assert_eq!(inode.metadata().unwrap().size, metadata.len(), "{path}");
+        assert_eq!(u32::from(inode.metadata().unwrap().mode), u32::from(metadata.mode()) & 0o7777);
+        assert!(content(&inode).unwrap() == theirs.read(shown.as_str()).unwrap(), "{path}");
+    }
+    let seen: Vec<Vec<u8>> = theirs
+        .read_dir("/many")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().as_ref().to_vec())
+        .filter(|name| name != b"." && name != b"..")
+        .collect();
+    assert_eq!(seen.len(), names(&walk(&ours, "many").unwrap()).unwrap().len());
 }
