@@ -13,6 +13,7 @@ extern crate std;
 pub mod cache;
 mod clock_map;
 pub mod ext4;
+pub mod fat;
 pub mod hostblk;
 pub mod namespace;
 mod partition;

@@ -2,6 +2,7 @@
 
 use crate::cache::BlockCache;
 use crate::ext4::Ext4;
+use crate::fat::VFat;
 use crate::namespace::MountTree;
 use crate::partition;
 use crate::tmpfs::TmpFs;
@@ -29,7 +30,8 @@ pub const MANIFEST: Manifest = Manifest {
 pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     kernel.admit(MANIFEST)?;
     let cache = BlockCache::for_kernel(kernel);
-    kernel.add_fs_type(Arc::new(Ext4::new(kernel, cache)));
+    kernel.add_fs_type(Arc::new(Ext4::new(kernel, cache.clone())));
+    kernel.add_fs_type(Arc::new(VFat::new(kernel.host(), cache)));
     kernel.add_fs_type(Arc::new(TmpFs::new(kernel.host())));
     partition::scan(kernel);
     let tree = MountTree::new(kernel);
