@@ -6,6 +6,7 @@ mod http;
 mod images;
 mod install;
 mod matrix;
+mod module;
 mod sh;
 mod test;
 
@@ -46,6 +47,15 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// Build the Linux module for a kernel of yours and print the line that loads it.
+    Module {
+        /// The kernel's headers or build directory, as /usr/src/linux-headers-...; without: the running kernel's.
+        #[arg(long, value_name = "DIR")]
+        kernel: Option<std::path::PathBuf>,
+        /// Also put the module here (a file or a directory).
+        #[arg(long, short, value_name = "FILE")]
+        output: Option<std::path::PathBuf>,
+    },
     /// Print targets x checks: conformance, network, ext4, FAT, httpd.
     Matrix {
         /// One object a line: {"target","check","status","reason"}; status is pass, fail or absent.
@@ -63,6 +73,7 @@ fn main() -> ExitCode {
         Task::Install => install::everything(),
         Task::Image { output } => images::documentation(&output),
         Task::Bench { name, json } => bench(&name, json),
+        Task::Module { kernel, output } => module::run_build(kernel.as_deref(), output.as_deref()),
         Task::Matrix { json, target } => matrix::run(json, target.as_deref()),
     };
     match result {

@@ -22,7 +22,7 @@ const fn app(name: &'static str, main: fn(&Arc<Kernel<LinuxHost>>) -> ExitStatus
 
 const APPS: &[App] = &[
     app("httpd", httpd::main),
-    app("selftest", conformance::selftest),
+    app("selftest", selftest::main),
     app("netbench", netbench::main),
     app("contractbench", contractbench::main),
     App { name: "conformance", main: conformance::main, bare: true },

@@ -9,7 +9,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use anykernel::Kernel;
 use hypercall::conformance::{self, CheckReport, Outcome};
-use hypercall::{Clock, Console, ExitStatus, HostBlock, HostLink, Signal};
+use hypercall::{Clock, Console, ExitStatus, HostLink, Signal};
 
 /// Runs the suites that the arguments name.
 pub(crate) fn main(kernel: &Arc<Kernel<LinuxHost>>) -> ExitStatus {
@@ -30,20 +30,6 @@ pub(crate) fn main(kernel: &Arc<Kernel<LinuxHost>>) -> ExitStatus {
     }
     LinuxHost.console_write(format!("{{\"conformance\":\"done\",\"failed\":{failed}}}\n").as_bytes());
     if failed == 0 { ExitStatus::Success } else { ExitStatus::Failure }
-}
-
-/// The application `selftest`, and the suites that harm nothing: disks that are only read.
-pub(crate) fn selftest(kernel: &Arc<Kernel<LinuxHost>>) -> ExitStatus {
-    let wanted = kernel.config().app.get(1..).unwrap_or_default();
-    let mut failed = 0;
-    if wanted.is_empty() || wanted.iter().any(|group| group == "conformance") {
-        let read_only = |disk: &u32| LinuxHost.disk_info(*disk).is_ok_and(|info| info.read_only);
-        failed = (0..LinuxHost.disk_count()).filter(read_only).map(block).sum();
-    }
-    match selftest::main(kernel) {
-        ExitStatus::Success if failed > 0 => ExitStatus::Failure,
-        status => status,
-    }
 }
 
 /// Prints the verdicts of a suite and says how many were failures: what could not be judged is none.
