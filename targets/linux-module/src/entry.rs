@@ -160,7 +160,12 @@ fn start() -> Result<Domain, String> {
 }
 
 fn start_components(kernel: &Arc<Kernel<LinuxHost>>) -> Result<(), String> {
-    let components = [anykernel_vfs::hostblk::register, anykernel_vfs::start];
+    let components = [
+        anykernel_vfs::hostblk::register,
+        anykernel_vfs::start,
+        anykernel_net::hostlink::register,
+        anykernel_net::start,
+    ];
     components.iter().try_for_each(|start| start(kernel)).map_err(|error| alloc::format!("{error}"))
 }
 

@@ -9,7 +9,12 @@ stty -F /dev/ttyS0 raw
 stty -F /dev/ttyS1 raw
 
 # The module's messages, without the kernel's own.
-sed -n -e "/taints kernel\|tainting kernel/d" -e "s/^<[0-9]*>\[[^]]*\] anykernel: //p" </proc/kmsg >/dev/ttyS0 &
+while IFS= read -r line; do
+	case $line in
+	*"taints kernel"* | *"tainting kernel"*) ;;
+	*"] anykernel: "*) echo "${line#*\] anykernel: }" ;;
+	esac
+done </proc/kmsg >/dev/ttyS0 &
 
 end() {
 	sleep 0.3
