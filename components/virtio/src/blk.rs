@@ -1,8 +1,9 @@
 //! virtio-blk (VirtIO 1.2, 5.2): a [`BlockDevice`] with many requests in flight on one or several queues.
 //!
-//! Buffers are mapped for the device while their request is in flight. A thread waits for interrupts and polls; whoever
-//! waits for a request polls too. Once that thread has ended with its kernel, [`BlockDevice::poll`] itself waits for
-//! the device, so that file systems can still write back at shutdown.
+//! Buffers are mapped for the device while their request is in flight. Each queue has a thread that waits for its
+//! interrupts and polls; whoever waits for a request polls too. With several queues each belongs to a CPU: who submits
+//! there is interrupted and woken there. Once the threads have ended with their kernel, [`BlockDevice::poll`] itself waits
+//! for the device, so that file systems can still write back at shutdown.
 
 use crate::dma::{Chain, DmaSlot, MappedBuffer};
 use crate::error::{Error, Fault, Result};
@@ -62,7 +63,8 @@ pub(crate) struct Blk<H: DeviceHost> {
     /// `None` once the device was given up.
     queues: Vec<Mutex<H, Option<BlkQueue<H>>>>,
     transport: Mutex<H, Transport<H>>,
-    signal: Arc<Signal>,
+    /// What the interrupt of each queue raises.
+    signals: Vec<Arc<Signal>>,
     attached: Vec<Attached>,
     acknowledger: Option<Acknowledger<H>>,
     /// Flushes of a device without a cache: done, and handed back at the next poll.
@@ -105,13 +107,16 @@ impl<H: DeviceHost> Blk<H> {
             if info.read_only { ", read-only" } else { "" },
         );
         kernel.add_block_device(device.clone());
-        kernel.raise_on_stop(device.signal.clone());
-        let name = info.name.clone();
-        let (thread_kernel, thread_device) = (kernel.clone(), device.clone());
-        if let Err(error) = kernel.spawn(&name, None, move || thread_device.run(&thread_kernel)) {
-            // It works without, only that waiters burn their time.
-            log::warn!("{name}: {error}; polling instead");
-            device.polled.store(true, Ordering::Release);
+        for (index, signal) in device.signals.iter().enumerate() {
+            kernel.raise_on_stop(signal.clone());
+            let cpu = (device.signals.len() > 1).then_some(CpuId(index as u32));
+            let name = alloc::format!("{}.{index}", info.name);
+            let (thread_kernel, thread_device) = (kernel.clone(), device.clone());
+            if let Err(error) = kernel.spawn(&name, cpu, move || thread_device.run(&thread_kernel, index)) {
+                // It works without, only that waiters burn their time.
+                log::warn!("{name}: {error}; polling instead");
+                device.polled.store(true, Ordering::Release);
+            }
         }
         Ok(())
     }
@@ -169,11 +174,12 @@ impl<H: DeviceHost> Blk<H> {
         }
         let max_request_bytes = request_limit(segments, max_segment as usize, sector_size as usize)?;
 
-        let signal = Arc::new(Signal::new());
+        let mut signals = Vec::new();
         let mut attached = Vec::new();
-        for vector in 0..vectors.clamp(1, queue_count) {
-            let cpu = CpuId(u32::from(vector) % host.cpu_count().max(1));
-            match transport.attach(vector, cpu, signal.clone()) {
+        for vector in 0..queue_count {
+            let signal = Arc::new(Signal::new());
+            // There are no more queues than CPUs.
+            match transport.attach(vector, CpuId(u32::from(vector)), signal.clone()) {
                 Ok(interrupt) => attached.push(interrupt),
                 Err(error) => {
                     for interrupt in attached {
@@ -182,6 +188,7 @@ impl<H: DeviceHost> Blk<H> {
                     return Err(Error::Host("attaching its interrupt", error));
                 }
             }
+            signals.push(signal);
         }
         let acknowledger =
             attached.first().map(|interrupt| transport.acknowledger(*interrupt)).filter(Acknowledger::needed);
@@ -205,7 +212,7 @@ impl<H: DeviceHost> Blk<H> {
             max_segments: segments,
             max_segment: max_segment as usize,
             queues,
-            signal,
+            signals,
             attached,
             acknowledger,
             errors,
@@ -213,40 +220,35 @@ impl<H: DeviceHost> Blk<H> {
         })
     }
 
-    /// The thread: waits for interrupts, polls, watches over time.
-    fn run(&self, kernel: &Kernel<H>) {
+    /// The thread of a queue: waits for interrupts, polls; that of the first queue also watches over time.
+    fn run(&self, kernel: &Kernel<H>, index: usize) {
+        let (Some(signal), Some(queue)) = (self.signals.get(index), self.queues.get(index)) else { return };
         let mut watched_ns = self.host.monotonic_ns();
         loop {
-            let seen = self.signal.count();
+            let seen = signal.count();
             if kernel.stopping() || self.gone.load(Ordering::Acquire) {
                 break;
             }
             if let Some(acknowledger) = &self.acknowledger {
                 acknowledger.acknowledge();
             }
-            self.poll_queues();
-            if self.host.monotonic_ns().saturating_sub(watched_ns) >= WATCH_NS {
-                watched_ns = self.host.monotonic_ns();
-                self.watch();
+            self.poll_queue(queue);
+            let mut deadline_ns = None;
+            if index == 0 {
+                if self.host.monotonic_ns().saturating_sub(watched_ns) >= WATCH_NS {
+                    watched_ns = self.host.monotonic_ns();
+                    self.watch();
+                }
+                deadline_ns = Some(watched_ns.saturating_add(WATCH_NS));
             }
-            if !self.arm() {
-                self.signal.wait(&self.host, seen, Some(watched_ns.saturating_add(WATCH_NS)));
+            let ready = queue.lock().as_mut().is_some_and(|queue| queue.queue.enable_interrupts(0));
+            if !ready {
+                signal.wait(&self.host, seen, deadline_ns);
             }
         }
         self.polled.store(true, Ordering::Release);
         // Whoever went to sleep counting on this thread is served before it ends.
         self.poll();
-    }
-
-    /// Asks every queue for an interrupt. `true`: one has something already.
-    fn arm(&self) -> bool {
-        let mut ready = false;
-        for queue in &self.queues {
-            if let Some(queue) = queue.lock().as_mut() {
-                ready |= queue.queue.enable_interrupts(0);
-            }
-        }
-        ready
     }
 
     /// Gives the device up if it asks for it or let a request wait too long.
@@ -269,38 +271,42 @@ impl<H: DeviceHost> Blk<H> {
             request.done.clone().complete(request, Ok(()));
         }
         for queue in &self.queues {
-            loop {
-                let mut batch = [const { None }; BATCH];
-                let mut fault = None;
-                {
-                    let mut guard = queue.lock();
-                    let Some(queue) = guard.as_mut() else { break };
-                    for place in &mut batch {
-                        match queue.queue.pop() {
-                            Ok(Some(returned)) => *place = Some(self.finish(returned, &mut queue.headers)),
-                            Ok(None) => break,
-                            Err(error) => {
-                                fault = Some(error);
-                                break;
-                            }
+            self.poll_queue(queue);
+        }
+    }
+
+    /// Completes what the device returned on one queue.
+    fn poll_queue(&self, queue: &Mutex<H, Option<BlkQueue<H>>>) {
+        loop {
+            let mut batch = [const { None }; BATCH];
+            let mut fault = None;
+            {
+                let mut guard = queue.lock();
+                let Some(queue) = guard.as_mut() else { return };
+                for place in &mut batch {
+                    match queue.queue.pop() {
+                        Ok(Some(returned)) => *place = Some(self.finish(returned, &mut queue.headers)),
+                        Ok(None) => break,
+                        Err(error) => {
+                            fault = Some(error);
+                            break;
                         }
                     }
                 }
-                let full = batch.last().is_some_and(Option::is_some);
-                for Finished { request, result } in batch.into_iter().flatten() {
-                    if result.is_err() {
-                        self.errors.increment();
-                    }
-                    request.done.clone().complete(request, result);
-                }
-                if let Some(fault) = fault {
-                    self.give_up(&fault.into());
-                    return;
-                }
-                if !full {
-                    break;
-                }
             }
+            let full = batch.last().is_some_and(Option::is_some);
+            for Finished { request, result } in batch.into_iter().flatten() {
+                if result.is_err() {
+                    self.errors.increment();
+                }
+                request.done.clone().complete(request, result);
+            }
+            if let Some(fault) = fault {
+                self.give_up(&fault.into());
+            } else if full {
+                continue;
+            }
+            return;
         }
     }
 
@@ -326,7 +332,9 @@ impl<H: DeviceHost> Blk<H> {
         log::error!("{}: {}: {why}; giving the device up", self.info.name, self.place);
         self.errors.increment();
         self.end();
-        self.signal.raise(&self.host);
+        for signal in &self.signals {
+            signal.raise(&self.host);
+        }
     }
 
     /// Resets the device and ends every queue.
@@ -439,7 +447,7 @@ struct Parts<H: DeviceHost> {
     max_segments: usize,
     max_segment: usize,
     queues: Vec<BlkQueue<H>>,
-    signal: Arc<Signal>,
+    signals: Vec<Arc<Signal>>,
     attached: Vec<Attached>,
     acknowledger: Option<Acknowledger<H>>,
     errors: Counter,
@@ -459,7 +467,7 @@ impl<H: DeviceHost> Parts<H> {
             legacy: transport.is_legacy(),
             queues: self.queues.into_iter().map(|queue| Mutex::new(host, Some(queue))).collect(),
             transport: Mutex::new(host, transport),
-            signal: self.signal,
+            signals: self.signals,
             attached: self.attached,
             acknowledger: self.acknowledger,
             instant: Mutex::new(host, Vec::new()),
@@ -515,8 +523,11 @@ impl<H: DeviceHost> BlockDevice for Blk<H> {
             };
             return Err(reject(pending.request, data, reason));
         }
-        if queue.queue.publish() {
-            queue.doorbell.ring();
+        let (wanted, doorbell) = (queue.queue.publish(), queue.doorbell);
+        // The doorbell takes long, and needs no lock.
+        drop(guard);
+        if wanted {
+            doorbell.ring();
         }
         Ok(())
     }
