@@ -107,6 +107,10 @@ impl<H: Host> Kernel<H> {
 
     /// Admits a component: checks its contracts against the host's. Components call this first.
     pub fn admit(&self, manifest: Manifest) -> Result<(), StartError> {
+        if !manifest.contracts.iter().any(|contract| contract.name == hypercall::ContractVersion::CORE.name) {
+            let line = "its manifest does not say which core contract it was built against";
+            return Err(StartError::Other(alloc::format!("{}: {line}", manifest.name)));
+        }
         hypercall::check_versions(manifest.contracts, self.host.contracts())
             .map_err(|refusal| StartError::Refused { component: manifest.name, refusal })?;
         self.registry.lock().manifests.push(manifest);
