@@ -36,6 +36,8 @@ mod provider;
 mod route;
 mod shard;
 mod slab;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tcp;
 mod udp;
 
