@@ -17,7 +17,9 @@ fn main() {
     let mut runs = 5;
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "--runs" => runs = args.next().and_then(|n| n.parse().ok()).filter(|n| *n > 0).unwrap_or_else(|| usage()),
+            "--runs" => {
+                runs = args.next().and_then(|n| n.parse().ok()).filter(|n| *n > 0).unwrap_or_else(|| usage())
+            }
             _ => usage(),
         }
     }
@@ -30,7 +32,10 @@ fn main() {
             for (row, (idle, (pair, active))) in worlds.iter_mut().enumerate() {
                 let mut data = vec![0x5a; 64 << 10];
                 let start = Instant::now();
-                assert!(pair.bulk(*active, BULK_BYTES, &mut data), "bulk with {idle} idle connections stopped");
+                assert!(
+                    pair.bulk(*active, BULK_BYTES, &mut data),
+                    "bulk with {idle} idle connections stopped"
+                );
                 bulk[row].push(BULK_BYTES as f64 * 8e-9 / start.elapsed().as_secs_f64());
                 let start = Instant::now();
                 assert!(pair.request_response(*active, REQUESTS, 64), "an answer was lost with {idle} idle");
@@ -39,7 +44,12 @@ fn main() {
         }
         for (row, idle) in IDLE.iter().enumerate() {
             print(&format!("bulk, MTU {mtu}, {idle} idle"), "Gb/s", &bulk[row], &bulk[0]);
-            print(&format!("64 B request/response, MTU {mtu}, {idle} idle"), "1/s", &requests[row], &requests[0]);
+            print(
+                &format!("64 B request/response, MTU {mtu}, {idle} idle"),
+                "1/s",
+                &requests[row],
+                &requests[0],
+            );
         }
     }
 }

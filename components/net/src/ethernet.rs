@@ -1,7 +1,6 @@
 //! The way in: from a frame to the shard and the protocol it belongs to.
 
 use crate::packet::{BROADCAST, ETHERNET_LEN, Ethernet, Ip, ethertype, protocol};
-use crate::route::LOOPBACK;
 use crate::shard::{Message, Shard};
 
 impl Shard {
@@ -43,28 +42,34 @@ impl Shard {
         }
     }
 
-    /// Takes in a packet that we sent to ourselves.
-    pub(crate) fn local_in(&mut self, packet: &[u8]) {
-        match packet.get(ETHERNET_LEN).map(|first| first >> 4) {
-            Some(4) => self.ipv4_in(LOOPBACK, packet.get(ETHERNET_LEN..).unwrap_or_default(), true, true),
-            _ => self.ipv6_in(LOOPBACK, packet.get(ETHERNET_LEN..).unwrap_or_default(), true, true),
+    /// Takes in a packet that we sent to ourselves or put together, behind room for an Ethernet header.
+    pub(crate) fn packet_in(&mut self, iface: usize, packet: &[u8], checksum_ok: bool) {
+        let packet = packet.get(ETHERNET_LEN..).unwrap_or_default();
+        match packet.first().map(|first| first >> 4) {
+            Some(4) => self.ipv4_in(iface, packet, true, checksum_ok),
+            _ => self.ipv6_in(iface, packet, true, checksum_ok),
         }
     }
 
     /// The shard that owns what `frame` belongs to: TCP by the hash of both ends, UDP by the local port. Everything
     /// else, fragments too, is shard 0's. (An ICMP error goes to the shard of the packet that it quotes.)
     pub(crate) fn steer(&self, frame: &[u8]) -> usize {
-        let Some(ip) = (match frame.get(12..14) {
-            Some([8, 0]) => frame.get(ETHERNET_LEN..).and_then(Ip::parse_v4).filter(|ip| {
-                // Neither a later fragment nor the first of several.
-                crate::packet::be16(ip.whole, 6).is_some_and(|field| field & 0x3fff == 0)
-            }),
-            Some([0x86, 0xdd]) => frame.get(ETHERNET_LEN..).and_then(Ip::parse_v6),
-            _ => None,
-        }) else {
-            return 0;
+        match frame.get(12..14) {
+            Some([8, 0] | [0x86, 0xdd]) => self.steer_packet(frame),
+            _ => 0,
+        }
+    }
+
+    /// [`Shard::steer`] for what is known to be an IP packet behind room for an Ethernet header.
+    pub(crate) fn steer_packet(&self, frame: &[u8]) -> usize {
+        let Some(packet) = frame.get(ETHERNET_LEN..) else { return 0 };
+        let ip = match packet.first().map(|first| first >> 4) {
+            // Neither a later fragment nor the first of several.
+            Some(4) => Ip::parse_v4(packet)
+                .filter(|ip| crate::packet::be16(ip.whole, 6).is_some_and(|field| field & 0x3fff == 0)),
+            _ => Ip::parse_v6(packet),
         };
-        self.steer_ip(&ip)
+        ip.map_or(0, |ip| self.steer_ip(&ip))
     }
 
     /// [`Shard::steer`] for a packet that is no fragment.

@@ -1,5 +1,6 @@
 //! IPv4 and IPv6 input and output (RFC 791, RFC 1122, RFC 8200).
 
+use crate::checksum::Sum;
 use crate::io::Layout;
 use crate::packet::{ETHERNET_LEN, Ip, be16, ip_header_len, protocol, put, write_ip_header};
 use crate::route::{Class, Hop, LOOPBACK};
@@ -40,7 +41,7 @@ impl Shard {
             return self.io.counters.drop_not_ours.increment();
         }
         if be16(ip.whole, 6).is_some_and(|field| field & 0x3fff != 0) {
-            return self.fragment_v4_in(iface, &ip, direct);
+            return self.fragment_v4_in(iface, &ip);
         }
         self.ip_in(iface, &ip, direct && class == Class::Ours, checksum_ok);
     }
@@ -68,6 +69,7 @@ impl Shard {
     pub(crate) fn ip_in(&mut self, iface: usize, ip: &Ip<'_>, direct: bool, checksum_ok: bool) {
         match ip.protocol {
             protocol::TCP if direct => self.tcp_in(ip, checksum_ok),
+            protocol::FRAGMENT if ip.src.is_ipv6() => self.fragment_v6_in(iface, ip),
             protocol::UDP => self.udp_in(iface, ip, direct, checksum_ok),
             protocol::ICMP if ip.src.is_ipv4() => self.icmpv4_in(ip, direct),
             protocol::ICMPV6 if ip.src.is_ipv6() => self.icmpv6_in(iface, ip, direct),
@@ -148,6 +150,36 @@ impl Shard {
         }
     }
 
+    /// Sends `payload`, which is complete with its checksum, in fragments that fit `mtu` (RFC 791, 3.2; RFC 8200, 4.5).
+    pub(crate) fn send_fragments(&mut self, hop: Hop, packet: Outgoing, payload: &[u8], mtu: usize) {
+        let v6 = packet.dst.is_ipv6();
+        let ident = self.prf.next_u64() as u32;
+        let header_len = ip_header_len(packet.dst) + if v6 { 8 } else { 0 };
+        let most = mtu.saturating_sub(header_len) & !7;
+        let mut offset = 0;
+        for piece in payload.chunks(most.max(8)) {
+            let more = offset + piece.len() < payload.len();
+            self.send_packet(hop, header_len + piece.len(), Layout::complete(v6), &mut |buf| {
+                let inner_len = header_len + piece.len() - ip_header_len(packet.dst);
+                let outer = if v6 { protocol::FRAGMENT } else { packet.protocol };
+                write_ip_header(buf, packet.src, packet.dst, outer, packet.hop_limit, inner_len);
+                if v6 {
+                    put(buf, 40, &[packet.protocol, 0]);
+                    put(buf, 42, &((offset as u16) | u16::from(more)).to_be_bytes());
+                    put(buf, 44, &ident.to_be_bytes());
+                } else {
+                    put(buf, 4, &(ident as u16).to_be_bytes());
+                    put(buf, 6, &((offset / 8) as u16 | u16::from(more) << 13).to_be_bytes());
+                    put(buf, 10, &[0, 0]);
+                    let sum = buf.get(..20).map_or(0, |header| Sum::default().bytes(header).finish());
+                    put(buf, 10, &sum.to_be_bytes());
+                }
+                put(buf, header_len, piece);
+            });
+            offset += piece.len();
+        }
+    }
+
     /// Sends a whole Ethernet payload to everybody on the link (DHCP, before there is an address).
     pub(crate) fn broadcast_v4(
         &mut self,
@@ -164,11 +196,6 @@ impl Shard {
             }
         };
         self.io.transmit(iface, crate::packet::BROADCAST, header_len + packet.len, layout, &mut write);
-    }
-
-    /// Counts a fragment that cannot be used.
-    pub(crate) fn fragment_v4_in(&mut self, _iface: usize, _ip: &Ip<'_>, _direct: bool) {
-        self.io.counters.drop_fragment.increment();
     }
 }
 

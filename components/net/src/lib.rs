@@ -33,12 +33,13 @@ mod neighbor;
 mod packet;
 mod prf;
 mod provider;
+mod reassembly;
 mod route;
 mod shard;
 mod slab;
+mod tcp;
 #[cfg(feature = "testing")]
 pub mod testing;
-mod tcp;
 mod udp;
 
 pub use config::{Ipv4Setting, Ipv6Setting, Limits, Settings};

@@ -24,6 +24,8 @@ pub(crate) mod protocol {
     pub(crate) const ICMP: u8 = 1;
     pub(crate) const TCP: u8 = 6;
     pub(crate) const UDP: u8 = 17;
+    /// The IPv6 fragment header.
+    pub(crate) const FRAGMENT: u8 = 44;
     pub(crate) const ICMPV6: u8 = 58;
 }
 

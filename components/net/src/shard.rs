@@ -8,7 +8,8 @@ use crate::io::{Io, Port};
 use crate::neighbor::Neighbors;
 use crate::packet::Mac;
 use crate::prf::{Prf, Secret};
-use crate::route::{Interface, Routes};
+use crate::reassembly::Reassembly;
+use crate::route::{Interface, LOOPBACK, Routes};
 use crate::slab::{Key, Slab};
 use crate::tcp::engine::Engine;
 use crate::tcp::flow::Flow;
@@ -44,8 +45,8 @@ pub struct FlowId {
 pub(crate) enum Message {
     /// A received frame that belongs to the other shard.
     Frame { iface: usize, frame: Vec<u8>, checksum_ok: bool },
-    /// A packet to ourselves, behind room for an Ethernet header.
-    Local(Vec<u8>),
+    /// A packet to ourselves, or one put together of fragments, behind room for an Ethernet header.
+    Packet { iface: usize, packet: Vec<u8>, checksum_ok: bool },
     /// A frame to send by a queue of the other shard.
     Transmit { iface: usize, frame: Vec<u8>, meta: TxMeta },
     /// Where a neighbour is.
@@ -129,6 +130,7 @@ pub struct Shard {
     pub(crate) scratch: Option<Engine>,
     pub(crate) udp: UdpTable,
     pub(crate) pings: Slab<PingState>,
+    pub(crate) reassembly: Reassembly,
     pub(crate) rate_limit: RateLimit,
     pub(crate) control: Vec<Control>,
     /// Connections with something to do.
@@ -191,6 +193,7 @@ impl Shard {
             scratch: None,
             udp: UdpTable::default(),
             pings: Slab::default(),
+            reassembly: Reassembly::default(),
             rate_limit: RateLimit::default(),
             control,
             ready: VecDeque::new(),
@@ -267,24 +270,14 @@ impl Shard {
     }
 
     fn local_take(&mut self, packet: Vec<u8>) {
-        let shard = if self.count > 1 { self.steer_local(&packet) } else { self.id };
+        let shard = if self.count > 1 { self.steer_packet(&packet) } else { self.id };
         if shard == self.id {
-            self.local_in(&packet);
+            self.packet_in(LOOPBACK, &packet, true);
             self.io.recycle(packet);
         } else {
-            self.io.outbox.push((shard, Message::Local(packet)));
+            let message = Message::Packet { iface: LOOPBACK, packet, checksum_ok: true };
+            self.io.outbox.push((shard, message));
         }
-    }
-
-    fn steer_local(&self, packet: &[u8]) -> usize {
-        let ip = match packet.get(crate::packet::ETHERNET_LEN..) {
-            Some(data) if data.first().is_some_and(|first| first >> 4 == 4) => {
-                crate::packet::Ip::parse_v4(data)
-            }
-            Some(data) => crate::packet::Ip::parse_v6(data),
-            None => None,
-        };
-        ip.map_or(0, |ip| self.steer_ip(&ip))
     }
 
     /// Takes in what another shard says.
@@ -294,8 +287,8 @@ impl Shard {
                 self.frame_in(iface, &frame, checksum_ok);
                 self.io.recycle(frame);
             }
-            Message::Local(packet) => {
-                self.local_in(&packet);
+            Message::Packet { iface, packet, checksum_ok } => {
+                self.packet_in(iface, &packet, checksum_ok);
                 self.io.recycle(packet);
             }
             Message::Transmit { iface, frame, meta } => self.io.transmit_built(iface, frame, meta),
@@ -314,6 +307,8 @@ impl Shard {
             }
         }
         self.time_waits.on_time(&mut self.demux, self.now_ns);
+        let late = self.reassembly.on_time(self.now_ns);
+        self.io.counters.drop_fragment.add(late as u64);
         if self.neighbors.next_deadline_ns().is_some_and(|at| at <= self.now_ns) {
             self.neighbors_on_time();
         }
@@ -330,6 +325,7 @@ impl Shard {
             self.timers.next_deadline_ns(),
             self.time_waits.next_deadline_ns(),
             self.neighbors.next_deadline_ns(),
+            self.reassembly.next_deadline_ns(),
             control,
         ]
         .into_iter()

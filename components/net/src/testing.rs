@@ -68,9 +68,8 @@ pub struct Pair {
 impl Pair {
     /// Two stacks that have nothing to say yet. `mtu` is the link's.
     pub fn new(limits: Limits, mtu: u16) -> Self {
-        let wire = || {
-            Arc::new(Wire { frames: ArrayQueue::new(WIRE_FRAMES), free: ArrayQueue::new(WIRE_FRAMES) })
-        };
+        let wire =
+            || Arc::new(Wire { frames: ArrayQueue::new(WIRE_FRAMES), free: ArrayQueue::new(WIRE_FRAMES) });
         let (there, back) = (wire(), wire());
         let now_ns = 1_000_000_000;
         let shard = |last: u8, rx: &Arc<Wire>, tx: &Arc<Wire>| {
@@ -189,7 +188,9 @@ impl Pair {
         self.now_ns += 100_000_000;
         self.pump();
         for _ in 0..count {
-            let Poll::Ready(Ok(n)) = self.client.tcp_poll_send(on.client, &mut cx, &buf) else { return false };
+            let Poll::Ready(Ok(n)) = self.client.tcp_poll_send(on.client, &mut cx, &buf) else {
+                return false;
+            };
             self.client.finish();
             self.server.poll(self.now_ns);
             let got = self.server.tcp_poll_recv(on.server, &mut cx, &mut buf);

@@ -1,5 +1,6 @@
 //! UDP (RFC 768): our own data path. A socket lives in the shard that its port names, so it needs no lock of its own.
 
+use crate::checksum::Sum;
 use crate::io::Layout;
 use crate::ipv4::{Outgoing, put_payload};
 use crate::packet::{Ip, be16, protocol, put};
@@ -201,8 +202,20 @@ impl Shard {
             put(buf, 6, &[0, 0]);
             put_payload(buf, HEADER_LEN, data);
         };
-        if len + crate::packet::ip_header_len(to.ip()) > usize::from(self.routes.mtu(hop.iface)) {
-            return Err(NetError::TooLarge);
+        let mtu = usize::from(self.routes.mtu(hop.iface));
+        if len + crate::packet::ip_header_len(to.ip()) > mtu {
+            let mut datagram = Vec::new();
+            datagram.try_reserve_exact(len).map_err(|_| NetError::NoMemory)?;
+            datagram.resize(len, 0);
+            fill(&mut datagram);
+            let sum = Sum::default().pseudo_header(source, to.ip(), protocol::UDP, len).bytes(&datagram);
+            let sum = match sum.finish() {
+                0 => 0xffff,
+                sum => sum,
+            };
+            put(&mut datagram, 6, &sum.to_be_bytes());
+            self.send_fragments(hop, packet, &datagram, mtu);
+            return Ok(());
         }
         self.send_ip_by(hop, packet, Layout::udp(to.is_ipv6()), &mut fill);
         Ok(())

@@ -1,4 +1,5 @@
 //! Whole stacks against each other in memory, with virtual time.
 
+mod ip;
 mod tcp;
 mod world;
