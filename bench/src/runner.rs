@@ -1,6 +1,9 @@
 //! The benchmarks, one module each; every one returns its records.
 
+pub mod boot;
 pub mod contract;
+pub mod guest;
+pub mod image;
 pub mod linux;
 pub mod net;
 pub mod vfs;

@@ -25,6 +25,10 @@ struct Cli {
 enum Bench {
     /// Reading ext4 in a process, beside dd from a loop mount (root).
     Vfs,
+    /// Instructions from the first one to main, beside a Debian guest.
+    Boot,
+    /// Size and least memory of the httpd image, beside nginx on a Debian kernel.
+    Image,
     /// The unikernel beside a Debian guest, on TAPs in a network namespace (root).
     Net,
     /// A contract call beside a plain call, in every target.
@@ -35,6 +39,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.bench {
         Bench::Vfs => runner::vfs::bench(&cli.dir),
+        Bench::Boot => programs().and_then(|programs| runner::boot::bench(&programs, &cli.dir)),
+        Bench::Image => programs().and_then(|programs| runner::image::bench(&programs, &cli.dir)),
         Bench::Net => programs().and_then(|programs| runner::net::bench(&cli.anykernel, &programs, &cli.dir)),
         Bench::Contract => runner::contract::bench(&cli.anykernel),
     };

@@ -20,6 +20,7 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
+echo uptime $(cat /proc/uptime)
 mkdir -p /tmp /var/log/nginx /var/lib/nginx/body /run
 for file in /lib/*.ko.xz; do [ -f "$file" ] && unxz "$file"; done
 for name in $(cat /modules); do [ -f "/lib/$name.ko" ] && insmod "/lib/$name.ko"; done

@@ -67,11 +67,13 @@ fn network() -> Result<()> {
     Ok(())
 }
 
-fn pages() -> Vec<(String, Vec<u8>)> {
+/// What is served: `4k` and `64k`.
+pub fn pages() -> Vec<(String, Vec<u8>)> {
     [("4k", 4 << 10), ("64k", 64 << 10)].map(|(name, size)| (name.to_string(), vec![b'x'; size])).into()
 }
 
-fn disk(dir: &Path) -> Result<std::path::PathBuf> {
+/// A disk with [`pages`].
+pub fn disk(dir: &Path) -> Result<std::path::PathBuf> {
     let tree = dir.join("pages");
     fs::create_dir_all(&tree).map_err(|error| error.to_string())?;
     for (name, content) in pages() {

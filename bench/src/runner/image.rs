@@ -1,0 +1,79 @@
+//! How large the httpd image is and in how little memory it serves, beside nginx on a Debian kernel.
+
+use super::guest::{Guest, answers, free_port};
+use super::{Result, linux, net};
+use crate::record::{Better, Record};
+use anykernel_userspace::qemu::{Accelerator, rumprun};
+use serde_json::json;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+/// MiB that are tried, from little to much.
+const SIZES: [u32; 14] = [4, 5, 6, 7, 8, 10, 12, 16, 32, 64, 96, 128, 160, 256];
+
+const MICROVM: &str = "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off,auto-kernel-cmdline=on";
+
+fn size(path: &Path) -> Result<f64> {
+    fs::metadata(path).map(|data| data.len() as f64).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// The least memory with which `start` makes a guest that serves a 64 KiB file, in MiB.
+fn least(start: impl Fn(u32, u16) -> Result<Guest>) -> Result<f64> {
+    for mib in SIZES {
+        let port = free_port()?;
+        if answers(&mut start(mib, port)?, port, "64k", 64 << 10, Duration::from_secs(30)) {
+            return Ok(f64::from(mib));
+        }
+    }
+    Err("nothing serves, with whatever memory".into())
+}
+
+/// Runs it.
+pub fn bench(programs: &Path, dir: &Path) -> Result {
+    let image = rumprun::image("httpd").map_err(|failure| failure.to_string())?;
+    let disk = net::disk(dir)?;
+    let config = dir.join("image.json");
+    let mount = json!({"source": "disk0", "target": "/", "read_only": true});
+    fs::write(&config, json!({"app": ["httpd"], "mounts": [mount]}).to_string())
+        .map_err(|error| error.to_string())?;
+    let peer = linux::prepare(dir, "10.0.2.15/24", &programs.join("netpeer"), &net::pages())?;
+
+    let accelerator = Accelerator::detect().args();
+    let drive = format!("if=none,id=disk0,format=raw,readonly=on,file={}", disk.display());
+    let user = |port: u16| format!("user,id=net0,hostfwd=tcp:127.0.0.1:{port}-:80");
+    let ours = least(|mib, port| {
+        let (memory, net) = (format!("{mib}M"), user(port));
+        let mut args = vec!["-M", MICROVM, "-smp", "1", "-m", &memory, "-netdev", &net, "-drive", &drive];
+        args.extend(accelerator);
+        args.extend(["-device", "virtio-blk-device,drive=disk0", "-device", "virtio-net-device,netdev=net0"]);
+        args.extend(["-global", "virtio-mmio.force-legacy=false"]);
+        Guest::start(&args, &image, &config)
+    })?;
+    let theirs = least(|mib, port| {
+        let (memory, net) = (format!("{mib}M"), user(port));
+        let mut args = vec!["-M", "q35", "-smp", "1", "-m", &memory, "-netdev", &net];
+        args.extend(accelerator);
+        args.extend(["-device", "virtio-net-pci,netdev=net0", "-append", "quiet console=ttyS0"]);
+        Guest::start(&args, &peer.kernel, &peer.initrd)
+    })?;
+    let bytes = size(&image)?;
+    Ok(vec![
+        Record::new(
+            ("image", "httpd, stripped", "rumprun"),
+            "bytes",
+            Better::Lower,
+            &[bytes],
+            ("Debian 6.1 and nginx", &[size(&peer.kernel)? + size(&peer.initrd)?]),
+        )
+        .note("asked for: at most 1.2 MB; quoted: rumprun hello 2.8 MB, Unikraft nginx 1.6 MB"),
+        Record::new(
+            ("image", "least memory that serves", "rumprun"),
+            "MiB",
+            Better::Lower,
+            &[ours],
+            ("Debian 6.1 and nginx", &[theirs]),
+        )
+        .note("asked for: at most 8 MB; quoted: rumprun hello 8 MB, Unikraft nginx 5 MB"),
+    ])
+}
