@@ -118,6 +118,14 @@ pub trait BlockDevice: Send + Sync {
     /// Context: thread. Takes short locks; may block only on hosts whose disk contract blocks.
     fn submit(&self, request: Request) -> Result<(), Rejected>;
 
+    /// As [`BlockDevice::submit`] and then [`BlockDevice::poll`], for someone who waits for this request: a device
+    /// without asynchronous hardware does it at once on the calling thread, and may complete it inside this call.
+    fn submit_and_poll(&self, request: Request) -> Result<(), Rejected> {
+        self.submit(request)?;
+        self.poll();
+        Ok(())
+    }
+
     /// Completes what has finished. Called by the driver's own thread after an interrupt, and by whoever waits.
     /// Context: thread; not from inside [`Complete::complete`].
     fn poll(&self);
@@ -152,7 +160,7 @@ pub fn transfer<H: Threads + Copy + Send + Sync + 'static>(
         Arc::new(Wait { host, finished: AtomicU32::new(0), outcome: crate::sync::Mutex::new(host, None) });
     let mut request = Request { op, sector, buffers, done: wait.clone(), tag: 0 };
     loop {
-        match device.submit(request) {
+        match device.submit_and_poll(request) {
             Ok(()) => break,
             Err(Rejected { reason: Some(error), .. }) => return Err(error),
             Err(Rejected { request: back, reason: None }) => {

@@ -191,6 +191,15 @@ impl<H: Host + HostBlock> BlockDevice for HostDisk<H> {
         Ok(())
     }
 
+    fn submit_and_poll(&self, request: Request) -> Result<(), Rejected> {
+        if let Err(reason) = self.acceptable(&request) {
+            return Err(Rejected { request, reason: Some(reason) });
+        }
+        // No thread is woken, and none can be faster.
+        self.perform(request);
+        Ok(())
+    }
+
     /// Does one queued request on the calling thread, all of them when no other thread would.
     fn poll(&self) {
         loop {

@@ -6,7 +6,6 @@ use crate::fat::VFat;
 use crate::namespace::MountTree;
 use crate::partition;
 use crate::tmpfs::TmpFs;
-use alloc::string::ToString;
 use alloc::sync::Arc;
 use anykernel::fs::{FileKind, FsError, Namespace};
 use anykernel::manifest::Capability;
@@ -37,7 +36,7 @@ pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     let tree = MountTree::new(kernel);
     kernel.set_namespace(tree.clone());
     let mounts = &kernel.config().mounts;
-    if mounts.first().is_none_or(|first| first.target.trim_end_matches('/') != "") {
+    if mounts.first().is_none_or(|first| !first.target.trim_end_matches('/').is_empty()) {
         let root = tree.mount_or_explain("tmpfs", b"/", Some("tmpfs"), false);
         root.map_err(|failed| StartError::Other(failed.line))?;
     }
@@ -48,7 +47,7 @@ pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
                 FsError::NotFound | FsError::Unsupported | FsError::Busy => StartError::Config(failed.line),
                 _ => StartError::Other(failed.line),
             })?;
-        log::info!("mounted {} at {}", mount.source, mount.target.to_string());
+        log::info!("mounted {} at {}", mount.source, mount.target);
     }
     Ok(())
 }

@@ -11,10 +11,14 @@ use anykernel::sync::Mutex;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use hypercall::Host;
 
-/// Whether somebody waits for what is read.
+/// How urgent a request is.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Urgency {
+pub(super) enum Urgency {
+    /// The submitter waits for it, and for nothing else.
+    Now,
+    /// Somebody waits for it.
     Demand,
+    /// Nobody waits: not worth waiting for room in the queue.
     Ahead,
 }
 
@@ -109,7 +113,9 @@ impl<H: Host> Fill<H> {
             }
             at = stop;
         }
-        fill.submit(device, &mut batch, urgency);
+        // Whoever wants this alone waits for it.
+        let alone = urgency == Urgency::Demand && fill.submitted_bytes() == 0;
+        fill.submit(device, &mut batch, if alone { Urgency::Now } else { urgency });
         fill
     }
 
@@ -226,16 +232,21 @@ impl<H: Host> Fill<H> {
             done: self.clone(),
             tag: batch.first_page,
         };
-        submit(self.cache.host, &*device.device, request, urgency == Urgency::Demand);
+        submit(self.cache.host, &*device.device, request, urgency);
     }
 }
 
-/// Submits; waits for room in the queue if `patient`. A request that is refused is completed with the reason.
-pub(super) fn submit<H: Host>(host: H, device: &dyn BlockDevice, mut request: Request, patient: bool) {
+/// Submits; waits for room in the queue if somebody waits for the request. A request that is refused is completed with
+/// the reason.
+pub(super) fn submit<H: Host>(host: H, device: &dyn BlockDevice, mut request: Request, urgency: Urgency) {
     loop {
-        match device.submit(request) {
+        let submitted = match urgency {
+            Urgency::Now => device.submit_and_poll(request),
+            Urgency::Demand | Urgency::Ahead => device.submit(request),
+        };
+        match submitted {
             Ok(()) => return,
-            Err(Rejected { request: back, reason: None }) if patient => {
+            Err(Rejected { request: back, reason: None }) if urgency != Urgency::Ahead => {
                 request = back;
                 device.poll();
                 host.yield_now();

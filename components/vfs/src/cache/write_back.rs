@@ -1,7 +1,7 @@
 //! Writing dirty pages to a device.
 
 use super::device::CachedDevice;
-use super::fill::{runs, submit};
+use super::fill::{Urgency, runs, submit};
 use super::shard::{Key, PageBits, allocate, page_bits};
 use super::{BlockCache, MAX_REQUEST_BUFFERS, PAGE};
 use alloc::boxed::Box;
@@ -171,7 +171,7 @@ impl<H: Host> WriteBack<H> {
             done: self.clone(),
             tag: batch.first_page,
         };
-        submit(self.cache.host, &*device.device, request, true);
+        submit(self.cache.host, &*device.device, request, Urgency::Demand);
     }
 
     /// Until at most `most` requests are in flight.

@@ -38,25 +38,41 @@ struct Partition {
     info: BlockInfo,
 }
 
+impl Partition {
+    /// Hands a request to the disk's `submit`, with its sector counted from the start of the disk.
+    fn pass(
+        &self,
+        mut request: Request,
+        submit: impl FnOnce(Request) -> Result<(), Rejected>,
+    ) -> Result<(), Rejected> {
+        if request.op == Op::Flush {
+            return submit(request);
+        }
+        let sectors = (request.bytes() / self.info.sector_size as usize) as u64;
+        let inside = request.sector.checked_add(sectors).is_some_and(|end| end <= self.info.sectors);
+        if !inside {
+            return Err(Rejected { request, reason: Some(BlockError::Invalid) });
+        }
+        let sector = request.sector;
+        request.sector += self.first;
+        submit(request).map_err(|mut rejected| {
+            rejected.request.sector = sector;
+            rejected
+        })
+    }
+}
+
 impl BlockDevice for Partition {
     fn info(&self) -> &BlockInfo {
         &self.info
     }
 
-    fn submit(&self, mut request: Request) -> Result<(), Rejected> {
-        let sectors = (request.bytes() / self.info.sector_size as usize) as u64;
-        let inside = request.sector.checked_add(sectors).is_some_and(|end| end <= self.info.sectors);
-        if request.op != Op::Flush && !inside {
-            return Err(Rejected { request, reason: Some(BlockError::Invalid) });
-        }
-        let sector = request.sector;
-        if request.op != Op::Flush {
-            request.sector += self.first;
-        }
-        self.disk.submit(request).map_err(|mut rejected| {
-            rejected.request.sector = sector;
-            rejected
-        })
+    fn submit(&self, request: Request) -> Result<(), Rejected> {
+        self.pass(request, |request| self.disk.submit(request))
+    }
+
+    fn submit_and_poll(&self, request: Request) -> Result<(), Rejected> {
+        self.pass(request, |request| self.disk.submit_and_poll(request))
     }
 
     fn poll(&self) {
