@@ -16,7 +16,8 @@ pub struct DiskInfo {
 /// Host disks, numbered from 0. All calls may be made from many threads at once.
 ///
 /// Calls block until the host has done it: concurrency comes from the caller's threads. Offsets and lengths are whole
-/// sectors. Counterparts: `rumpuser_open`, `rumpuser_bio`; LKL `lkl_dev_blk_ops`.
+/// sectors. Counterparts: `rumpuser_open`, `rumpuser_bio`, `rumpuser_syncfd`; LKL
+/// `lkl_dev_blk_ops`.
 pub trait HostBlock {
     /// How many disks there are. Constant. Context: any.
     fn disk_count(&self) -> u32;

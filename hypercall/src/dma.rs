@@ -43,7 +43,7 @@ pub unsafe trait Dma {
     /// 65,536).
     ///
     /// Errors: [`crate::Error::NoMemory`], [`crate::Error::Invalid`]. Context: thread. May block for memory.
-    /// Counterparts: `rumpcomp_pci_dmalloc`; Linux `dma_alloc_coherent`.
+    /// Counterparts: `rumpcomp_pci_dmalloc`; Linux `dma_alloc_coherent`. A length of 0 is `Invalid`.
     fn dma_alloc(&self, len: usize, align: usize) -> Result<DmaBlock>;
 
     /// Gives a block back.
@@ -55,7 +55,8 @@ pub unsafe trait Dma {
     /// Lets a device reach `buf` for one transfer.
     ///
     /// Errors: [`crate::Error::NoMemory`] (no bounce space), [`crate::Error::Invalid`] (not mappable, for example not
-    /// contiguous for the device). Context: any but interrupt. Never blocks. Counterpart: Linux `dma_map_single`.
+    /// contiguous for the device). Context: any but interrupt. Never blocks. Counterparts: LKL `map_page` of
+    /// `lkl_dev_pci_ops`; Linux `dma_map_single`.
     ///
     /// # Safety
     /// `buf` stays valid, and for `FromDevice` untouched, until `dma_unmap`.

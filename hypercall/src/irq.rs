@@ -73,9 +73,9 @@ pub struct IrqId(pub u32);
 pub trait Irq {
     /// From now on every interrupt of `source` raises `signal`; MSI-X is delivered to `cpu`, a line where the host can.
     ///
-    /// Errors: [`crate::Error::NotFound`] (no such line, function or entry), [`crate::Error::NoMemory`] (no vectors
+    /// Errors: [`crate::Error::NotFound`] (no such line, function or entry), [`crate::Error::Invalid`] (no such CPU), [`crate::Error::NoMemory`] (no vectors
     /// left), [`crate::Error::Busy`] (somebody else's). Context: thread.
-    /// Counterparts: `rumpcomp_pci_irq_establish`; LKL `lkl_trigger_irq`.
+    /// Counterparts: `rumpcomp_pci_irq_establish`; LKL `irq_init` of `lkl_dev_pci_ops`, and `lkl_trigger_irq`.
     fn irq_attach(&self, source: IrqSource, cpu: CpuId, signal: alloc::sync::Arc<Signal>) -> Result<IrqId>;
 
     /// Lets a masked line fire again, after its cause in the device was cleared. No effect on MSI-X. Context: thread.

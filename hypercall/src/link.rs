@@ -12,7 +12,8 @@ pub struct LinkInfo {
     pub mtu: u16,
 }
 
-/// Host links, numbered from 0. Counterparts: rump's `virtif` hypercalls; LKL `lkl_dev_net_ops`.
+/// Host links, numbered from 0. Counterparts: rump's `virtif` hypercalls (`VIFHYPER_CREATE`,
+/// `VIFHYPER_SENDMBUF`, and `VIF_DELIVERMBUF` the other way); LKL `lkl_dev_net_ops`.
 pub trait HostLink {
     /// How many links there are. Constant. Context: any.
     fn link_count(&self) -> u32;

@@ -44,6 +44,7 @@ pub unsafe trait Memory {
     unsafe fn free_pages(&self, pages: Pages);
 
     /// How many bytes the whole domain may use: what `--memory` said, or what the machine has.
-    /// Caches size themselves by it. Context: any. Counterpart: LKL `memory_start`/`mem_size`.
+    /// Caches size themselves by it. Context: any. Counterpart: the `mem_size` of
+    /// LKL's `lkl_start_kernel`.
     fn memory_bytes(&self) -> u64;
 }

@@ -30,7 +30,7 @@ pub trait Pci {
     /// Reads configuration space. `offset` is aligned to `width` (at most 32 bits) and below 4096.
     ///
     /// Errors: [`crate::Error::NotFound`], [`crate::Error::Invalid`]. An absent register reads as all ones.
-    /// Context: thread. Counterparts: `rumpcomp_pci_confread`; LKL `pci_ops.read`.
+    /// Context: thread. Counterparts: `rumpcomp_pci_confread`; LKL `read` of `lkl_dev_pci_ops`.
     fn pci_read(&self, function: PciAddress, offset: u16, width: Width) -> Result<u32>;
 
     /// Writes configuration space; otherwise as [`Pci::pci_read`]. The host may refuse registers that it owns

@@ -59,6 +59,6 @@ impl ExitStatus {
 pub trait Exit {
     /// Ends the domain: no code of it runs after this, on any CPU.
     ///
-    /// Context: any. Does not return. Counterparts: `rumpuser_exit`; LKL `panic` and `halt`.
+    /// Context: any. Does not return. Counterparts: `rumpuser_exit`; LKL `panic`.
     fn exit(&self, status: ExitStatus) -> !;
 }

@@ -61,6 +61,6 @@ pub trait Threads {
     fn unpark(&self, word: &AtomicU32, count: u32) -> u32;
 
     /// Lets other threads of this CPU run. Context: thread.
-    /// Counterpart: `sched_yield` under `rumpuser_clock_sleep`.
+    /// Counterpart: sched_yield(2); neither rumpuser nor LKL has one.
     fn yield_now(&self);
 }
