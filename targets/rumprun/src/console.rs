@@ -92,9 +92,19 @@ impl fmt::Write for Writer {
 }
 
 /// A line that is formatted before it is written, so that lines of several CPUs do not mix. What is too long is cut.
-struct Line {
+pub(crate) struct Line {
     bytes: [u8; 512],
     len: usize,
+}
+
+impl Line {
+    pub(crate) const fn new() -> Self {
+        Self { bytes: [0; 512], len: 0 }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
 }
 
 impl fmt::Write for Line {
@@ -116,7 +126,7 @@ impl log::Log for Logger {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        let mut line = Line { bytes: [0; 512], len: 0 };
+        let mut line = Line::new();
         let now_us = crate::time::monotonic_ns() / 1000;
         let _ = fmt::write(
             &mut line,

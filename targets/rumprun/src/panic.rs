@@ -97,6 +97,11 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
         Some(location) => writeln!(out, " at {location}: {}", info.message()),
         None => writeln!(out, ": {}", info.message()),
     };
+    let mut message = console::Line::new();
+    let _ = write!(message, "{}", info.message());
+    if message.bytes().starts_with(b"memory allocation of ") {
+        let _ = writeln!(out, "too little memory: give the machine more (anykernel run --memory, QEMU -m)");
+    }
     write_backtrace(out, None, regs::frame_pointer());
     crate::exit::exit(ExitStatus::Panic)
 }

@@ -76,7 +76,7 @@ high_half:
 .balign 8
 boot_gdt:
     .quad 0
-    .quad 0x00209a0000000000        # 64-bit code
+    .quad 0x00209b0000000000        # 64-bit code
 boot_gdt_pointer:
     .word 15
     .long boot_gdt_phys_low

@@ -55,11 +55,12 @@ trampoline_long:
     jmp rax
 
 .balign 8
+# The descriptors have their accessed bits set, as the CPU cannot write to the page.
 trampoline_gdt:
     .quad 0
-    .quad 0x00209a0000000000        # 64-bit code
-    .quad 0x00cf9a000000ffff        # 32-bit code
-    .quad 0x00cf92000000ffff        # 32-bit data
+    .quad 0x00209b0000000000        # 64-bit code
+    .quad 0x00cf9b000000ffff        # 32-bit code
+    .quad 0x00cf93000000ffff        # 32-bit data
 trampoline_gdt_pointer:
     .word 31
     .long 0x8000 + trampoline_gdt - trampoline_start

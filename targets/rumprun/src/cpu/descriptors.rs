@@ -42,7 +42,7 @@ struct TablePointer {
 impl Slot {
     pub(crate) const fn new() -> Self {
         Self {
-            gdt: UnsafeCell::new([0, 0x0020_9a00_0000_0000, 0, 0]),
+            gdt: UnsafeCell::new([0, 0x0020_9b00_0000_0000, 0, 0]),
             task: UnsafeCell::new(TaskState {
                 _reserved: 0,
                 privileged_stacks: [0; 3],
