@@ -152,6 +152,8 @@ pub(crate) struct Tcp {
     pub(crate) seq: u32,
     pub(crate) ack: u32,
     pub(crate) flags: u8,
+    /// As in the header, not scaled.
+    pub(crate) window: u16,
     /// Bytes of payload.
     pub(crate) len: usize,
 }
@@ -178,6 +180,7 @@ impl Tcp {
             seq: be32(fixed, 4)?,
             ack: be32(fixed, 8)?,
             flags: fixed[13],
+            window: be16(fixed, 14)?,
             len: segment.len().checked_sub(header_len)?,
         })
     }

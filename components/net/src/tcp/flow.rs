@@ -6,7 +6,7 @@ use super::table::{Target, Tuple};
 use super::timewait::TimeWait;
 use crate::io::{Io, Layout};
 use crate::neighbor::Neighbors;
-use crate::packet::{Ip, Mac, Tcp};
+use crate::packet::{Ip, Mac, Tcp, flag};
 use crate::route::{Hop, LOOPBACK};
 use crate::shard::{FlowId, Shard, Timer};
 use crate::slab::Key;
@@ -49,6 +49,8 @@ pub(crate) struct Flow {
     /// Gone when the connection is over and everything was read.
     engine: Option<Box<Engine>>,
     emitted: Emitted,
+    /// Acknowledgement and window of the peer's last segment.
+    said: (u32, u16),
     /// How many segments had been sent when TIME-WAIT began.
     before_time_wait: Option<u32>,
     established: bool,
@@ -207,6 +209,7 @@ impl Shard {
             aborted: false,
             error: None,
             accept,
+            said: (0, 0),
             recv_waker: None,
             send_waker: None,
             timer: None,
@@ -266,6 +269,25 @@ impl Shard {
         flow.heard_ns = self.now_ns;
         let before = flow.state();
         let count = flow.emitted.count;
+        // Both ends may probe a closed window at once, and both take the other's byte as the windows open. smoltcp does
+        // not count that byte as sent, so all that either says from then on begins one too early; it looks like a
+        // keep-alive, of which smoltcp reads neither acknowledgement nor window, and both wait for ever. So news is
+        // passed on as if it began where it is expected. A keep-alive proper has no news and stays as it is.
+        let said = (tcp.ack, tcp.window);
+        let begins_early = tcp.seq.wrapping_add(1) == flow.emitted.ack;
+        let mended =
+            (flow.established && tcp.len == 0 && tcp.flags == flag::ACK && begins_early && said != flow.said)
+                .then(|| {
+                    let header = ip.whole.len() - ip.payload.len();
+                    let mut packet = Vec::new();
+                    packet.try_reserve_exact(ip.whole.len()).ok()?;
+                    packet.extend_from_slice(ip.whole);
+                    // The engine does not look at the checksum, which was verified.
+                    crate::packet::put(&mut packet, header + 4, &flow.emitted.ack.to_be_bytes());
+                    Some(packet)
+                })
+                .flatten();
+        flow.said = said;
         let mut egress = LinkEgress {
             io: &mut self.io,
             neighbors: &mut self.neighbors,
@@ -279,7 +301,7 @@ impl Shard {
             full: false,
         };
         if let Some(engine) = &mut flow.engine {
-            engine.ingress(self.now_ns, ip.whole, &mut egress);
+            engine.ingress(self.now_ns, mended.as_deref().unwrap_or(ip.whole), &mut egress);
         }
         let after = flow.state();
         if after == State::TimeWait && before != State::TimeWait {
@@ -292,7 +314,7 @@ impl Shard {
         if before != State::Closed && after == State::Closed && flow.error.is_none() {
             // Only a reset closes a connection at once, except the last acknowledgement.
             let error = match before {
-                State::LastAck if !tcp.has(crate::packet::flag::RST) => None,
+                State::LastAck if !tcp.has(flag::RST) => None,
                 State::SynSent => Some(NetError::Refused),
                 _ => Some(NetError::Reset),
             };

@@ -32,6 +32,34 @@ fn connects_transfers_both_ways_and_closes() {
     assert!(world.nodes[0].shards[0].time_waits.next_deadline_ns().is_none());
 }
 
+/// Both ends probe the other's closed window with one byte, and both take that byte because both have just read.
+#[test]
+fn two_probes_that_cross_do_not_stop_a_connection() {
+    const WINDOW: usize = 64 << 10;
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.link.delay_ns = MS;
+    let ends = [(0, client), (1, server)];
+    for (node, flow) in ends {
+        assert_eq!(world.send(node, flow, &[1; WINDOW]), Some(Ok(WINDOW)));
+    }
+    world.pass(SECOND);
+    // Everything is there and acknowledged, and no window is open: these make probes at once.
+    for (node, flow) in ends {
+        assert_eq!(world.send(node, flow, &[2; 1000]), Some(Ok(1000)));
+    }
+    let mut received = [0; 2];
+    let done = world.run(5 * SECOND, |world| {
+        for (end, (node, flow)) in ends.into_iter().enumerate() {
+            while let Some(Ok(data)) = world.recv(node, flow) {
+                received[end] += data.len();
+            }
+        }
+        received == [WINDOW + 1000; 2]
+    });
+    assert!(done, "received {received:?}");
+}
+
 #[test]
 fn survives_loss_duplication_and_reordering() {
     for seed in 1..=5u64 {
