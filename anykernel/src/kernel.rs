@@ -300,6 +300,7 @@ impl<H: Host> Kernel<H> {
 mod tests {
     use super::*;
     use hypercall::testing::TestHost;
+    extern crate std;
 
     #[test]
     fn an_executor_runs_on_every_cpu_and_ends_with_the_instance() {
@@ -327,5 +328,65 @@ mod tests {
         let error = kernel.start_executor_on("app", [CpuId(99)]).err().unwrap();
         assert_eq!(alloc::format!("{error}"), "starting thread app99: invalid argument");
         kernel.shutdown();
+    }
+
+    #[test]
+    fn shutdown_wakes_joins_and_runs_hooks_backwards() {
+        let host = TestHost::new();
+        let kernel = Kernel::new(host, Config::default());
+        let signal = Arc::new(Signal::new());
+        kernel.raise_on_stop(signal.clone());
+        let order = Arc::new(Mutex::new(host, Vec::new()));
+        let (waiting, its_order) = (kernel.clone(), order.clone());
+        kernel
+            .spawn("waits", None, move || {
+                while !waiting.stopping() {
+                    let seen = signal.count();
+                    if !waiting.stopping() {
+                        signal.wait(&waiting.host(), seen, None);
+                    }
+                }
+                its_order.lock().push("thread");
+            })
+            .unwrap();
+        for name in ["first", "second"] {
+            let order = order.clone();
+            kernel.run_on_stop(move || order.lock().push(name));
+        }
+        kernel.shutdown();
+        assert_eq!(*order.lock(), ["thread", "second", "first"]);
+        assert!(kernel.stopping());
+        // Nothing keeps it alive.
+        assert_eq!(Arc::strong_count(&kernel), 1);
+        kernel.shutdown();
+    }
+
+    /// A thread that is started while the instance stops is joined too.
+    #[test]
+    fn shutdown_joins_late_threads() {
+        let kernel = Kernel::new(TestHost::new(), Config::default());
+        let done = Arc::new(AtomicBool::new(false));
+        let (late, its_done) = (kernel.clone(), done.clone());
+        kernel
+            .spawn("early", None, move || {
+                std::thread::sleep(core::time::Duration::from_millis(5));
+                late.spawn("late", None, move || {
+                    std::thread::sleep(core::time::Duration::from_millis(5));
+                    its_done.store(true, Ordering::SeqCst);
+                })
+                .unwrap();
+            })
+            .unwrap();
+        kernel.shutdown();
+        assert!(done.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn counters_are_shared_by_name() {
+        let kernel = Kernel::new(TestHost::new(), Config::default());
+        kernel.counter("net.drops").add(2);
+        kernel.counter("net.drops").increment();
+        kernel.counter("vfs.hits");
+        assert_eq!(kernel.counters(), [("net.drops".into(), 3), ("vfs.hits".into(), 0)]);
     }
 }

@@ -61,3 +61,44 @@ impl<T> TimerQueue<T> {
         self.entries.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec::Vec;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Against a plain list: the same entries come out, in the same order, at the same times.
+        #[test]
+        fn behaves_as_a_sorted_list(steps in proptest::collection::vec((0u8..3, 0u64..20), 0..200)) {
+            let mut queue = TimerQueue::default();
+            let mut list: Vec<(TimerKey, u32)> = Vec::new();
+            for (value, (what, number)) in (0u32..).zip(steps) {
+                match what {
+                    0 => {
+                        let key = queue.insert(number, value);
+                        prop_assert_eq!(queue.get_mut(key).copied(), Some(value));
+                        list.push((key, value));
+                        list.sort();
+                    }
+                    1 if !list.is_empty() => {
+                        let (key, value) = list.remove(number as usize % list.len());
+                        prop_assert_eq!(queue.cancel(key), Some(value));
+                        prop_assert_eq!(queue.cancel(key), None);
+                        prop_assert_eq!(queue.get_mut(key), None);
+                    }
+                    _ => {
+                        let due = list.first().filter(|(key, _)| key.deadline_ns <= number).map(|one| one.1);
+                        prop_assert_eq!(queue.pop_due(number), due);
+                        if due.is_some() {
+                            list.remove(0);
+                        }
+                    }
+                }
+                prop_assert_eq!(queue.next_deadline_ns(), list.first().map(|(key, _)| key.deadline_ns));
+                prop_assert_eq!((queue.len(), queue.is_empty()), (list.len(), list.is_empty()));
+            }
+        }
+    }
+}

@@ -23,6 +23,8 @@ const SPINS: u32 = if cfg!(loom) { 0 } else { 100 };
 mod condvar;
 mod mutex;
 mod rwlock;
+#[cfg(test)]
+mod tests;
 
 pub use condvar::Condvar;
 pub use mutex::{Mutex, MutexGuard};

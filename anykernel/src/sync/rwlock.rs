@@ -96,6 +96,11 @@ impl<H: Threads, T: ?Sized> RwLock<H, T> {
         self.value.get_mut()
     }
 
+    #[cfg(test)]
+    pub(super) fn has_waiting_writer(&self) -> bool {
+        self.state.load(Relaxed) & WRITERS_WAIT != 0
+    }
+
     #[cold]
     fn read_slow(&self) {
         let mut state = self.spin(|state| state & HOLDERS != WRITER || state & !HOLDERS != 0);
