@@ -58,9 +58,9 @@ impl<H: Host> FsType for VFat<H> {
     fn probe(&self, device: &Arc<dyn BlockDevice>) -> Result<bool> {
         let disk = self.cache.open(device.clone())?;
         match volume::read_layout(&disk) {
-            Ok(_) => Ok(true),
-            // A boot sector that contradicts itself is ours to refuse, at mount, if it says that it is FAT.
-            Err(FsError::NotAFileSystem | FsError::Unsupported | FsError::Corrupt) => Ok(false),
+            // A boot sector that contradicts itself is ours to refuse, at mount, with the reason.
+            Ok(_) | Err(FsError::Corrupt) => Ok(true),
+            Err(FsError::NotAFileSystem | FsError::Unsupported) => Ok(false),
             Err(error) => Err(error),
         }
     }

@@ -1,5 +1,8 @@
 //! Against the tools of other people: mkfs.fat and fsck.fat (dosfstools), mcopy and mdir (mtools).
 
+mod hostile;
+mod model;
+mod power;
 mod reading;
 mod writing;
 

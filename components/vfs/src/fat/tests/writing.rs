@@ -10,7 +10,7 @@ fn create(root: &Arc<dyn Inode>, path: &str, kind: FileKind) -> Arc<dyn Inode> {
     walk(root, dir).unwrap().create(name.as_bytes(), kind, None).unwrap()
 }
 
-fn write_tree(root: &Arc<dyn Inode>, tree: &Tree) {
+pub(super) fn write_tree(root: &Arc<dyn Inode>, tree: &Tree) {
     for (path, content) in tree {
         match content {
             None => drop(create(root, path, FileKind::Directory)),
