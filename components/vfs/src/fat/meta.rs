@@ -46,8 +46,10 @@ pub(super) struct Meta {
     pub(super) epoch: u64,
     /// Where to look for a free cluster.
     pub(super) next_free: u32,
-    /// Entries of the table that are free, if it was counted.
+    /// Entries of the table that are free, if it was counted or FSInfo says so.
     pub(super) free: Option<u32>,
+    /// `free` comes from FSInfo: nobody checked it.
+    pub(super) free_is_hint: bool,
 }
 
 impl Meta {
@@ -61,6 +63,7 @@ impl Meta {
             epoch: 1,
             next_free,
             free,
+            free_is_hint: free.is_some(),
         }
     }
 

@@ -30,9 +30,11 @@ mod time;
 mod volume;
 
 use crate::cache::BlockCache;
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
 use anykernel::block::BlockDevice;
 use anykernel::fs::{FileSystem, FsError, FsStats, FsType, Inode, Result};
+use anykernel::sync::Mutex;
 use hypercall::Host;
 use node::Node;
 use volume::Volume;
@@ -41,12 +43,14 @@ use volume::Volume;
 pub struct VFat<H: Host> {
     host: H,
     cache: Arc<BlockCache<H>>,
+    /// What is mounted, or still has open files.
+    volumes: Mutex<H, Vec<Weak<Volume<H>>>>,
 }
 
 impl<H: Host> VFat<H> {
     /// A kind whose mounts read and write through `cache`. Time comes from `host`.
     pub fn new(host: H, cache: Arc<BlockCache<H>>) -> Self {
-        Self { host, cache }
+        Self { host, cache, volumes: Mutex::new(host, Vec::new()) }
     }
 }
 
@@ -65,13 +69,27 @@ impl<H: Host> FsType for VFat<H> {
         }
     }
 
-    /// Mounts. A volume that was not cleanly unmounted is mounted with a warning, and stays marked.
+    /// Mounts. A volume that was not cleanly unmounted is mounted with a warning, and stays marked. [`FsError::Busy`] if
+    /// the device is mounted or has open files from before, and not all is read-only: two writers would not know of each
+    /// other.
     fn mount(&self, device: Option<Arc<dyn BlockDevice>>, read_only: bool) -> Result<Arc<dyn FileSystem>> {
         let device = device.ok_or(FsError::Invalid)?;
         let disk = self.cache.open(device)?;
+        let mut volumes = self.volumes.lock();
+        volumes.retain(|volume| volume.strong_count() > 0);
+        let read_only = read_only || disk.info().read_only;
+        let others: Vec<_> = volumes.iter().filter_map(Weak::upgrade).collect();
+        let in_use = others
+            .iter()
+            .any(|other| Arc::ptr_eq(&other.table.disk, &disk) && !(read_only && other.read_only));
+        if in_use {
+            return Err(FsError::Busy);
+        }
         let volume = Volume::open(self.host, disk, read_only)?;
         // So that a root that makes no sense is refused here.
         Node::root(&volume)?;
+        volumes.push(Arc::downgrade(&volume));
+        drop(volumes);
         Ok(Arc::new(Mount { volume }))
     }
 }

@@ -177,6 +177,7 @@ impl<H: Host> Node<H> {
                 return Err(error);
             }
         };
+        self.touch(&mut meta, dir)?;
         volume.relieve(&mut meta);
         drop(meta);
         let place = state.place(volume, found.slot)?;
@@ -195,6 +196,7 @@ impl<H: Host> Node<H> {
             volume.begin(&mut meta)?;
             state.remove(volume, &mut meta, &found)?;
             meta.free_later(extents);
+            self.touch(&mut meta, dir)?;
             volume.relieve(&mut meta);
             Ok(())
         };
@@ -215,6 +217,19 @@ impl<H: Host> Node<H> {
         }
         let file = volume.file(place)?;
         file.remove(|| delete(&mut state, Vec::new()))
+    }
+
+    /// Notes in a directory's own entry that its content changed. The root has none. The caller holds `namespace`.
+    fn touch(&self, meta: &mut Meta, dir: &Dir<H>) -> Result<()> {
+        let place = dir.place.load(Acquire);
+        if place == 0 {
+            return Ok(());
+        }
+        let mut bytes = [0; SLOT];
+        self.volume.read_meta(meta, place, &mut bytes)?;
+        let mut entry = Entry(bytes);
+        entry.set_modified(self.volume.now());
+        self.volume.write_meta(meta, place, &entry.0)
     }
 
     /// Whether the directory that begins at `start` is `ancestor` or below it, by the `..` entries.
@@ -280,7 +295,7 @@ impl<H: Host> Node<H> {
         let Some(target) = target else {
             return self.relocate(moved.as_ref(), &found, place, || {
                 let new_place = self.move_entry(&mut pair, &found, new_name, None, Vec::new())?;
-                self.set_parent(&found, from, to)?;
+                self.after_move(&found, from, to)?;
                 Ok(new_place)
             });
         };
@@ -298,6 +313,7 @@ impl<H: Host> Node<H> {
                     victim.remove(|| {
                         self.move_entry(&mut pair, &found, new_name, Some(&target), Vec::new()).map(|_| ())
                     })?;
+                    self.after_move(&found, from, to)?;
                     Ok(target_place)
                 });
             }
@@ -317,7 +333,7 @@ impl<H: Host> Node<H> {
             self.move_entry(&mut pair, &found, new_name, Some(&target), victim_state.extents())?;
             victim_state.dead = true;
             volume.forget_dir(victim.start);
-            self.set_parent(&found, from, to)?;
+            self.after_move(&found, from, to)?;
             Ok(target_place)
         })
     }
@@ -386,12 +402,17 @@ impl<H: Host> Node<H> {
         Ok(new_place)
     }
 
-    /// Lets the `..` of a moved directory name its new parent.
-    fn set_parent(&self, found: &Found, from: &Dir<H>, to: &Dir<H>) -> Result<()> {
-        if found.entry.kind() != FileKind::Directory || from.start == to.start {
+    /// Notes the change in both directories, and lets the `..` of a moved directory name its new parent.
+    fn after_move(&self, found: &Found, from: &Dir<H>, to: &Dir<H>) -> Result<()> {
+        let mut meta = self.volume.meta.write();
+        self.touch(&mut meta, from)?;
+        if from.start == to.start {
             return Ok(());
         }
-        let mut meta = self.volume.meta.write();
+        self.touch(&mut meta, to)?;
+        if found.entry.kind() != FileKind::Directory {
+            return Ok(());
+        }
         let (place, mut entry) = self.parent_entry(&meta, found.entry.start())?;
         entry.set_start(self.as_parent(to.start));
         self.volume.write_meta(&mut meta, place, &entry.0)

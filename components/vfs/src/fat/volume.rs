@@ -59,7 +59,6 @@ impl<H: Host> Volume<H> {
     pub(super) fn open(host: H, disk: Arc<CachedDevice<H>>, read_only: bool) -> Result<Arc<Self>> {
         let layout = read_layout(&disk)?;
         let table = Table { disk, layout };
-        let read_only = read_only || table.disk.info().read_only;
         if table.layout.was_dirty {
             log::warn!("vfat: {} was not cleanly unmounted; run fsck.fat", table.disk.info().name);
         }
@@ -67,6 +66,7 @@ impl<H: Host> Volume<H> {
         if let Some(info) = read_info(&table)? {
             let (free, next) = (le32(&info.0, 488), le32(&info.0, 492));
             meta.free = Some(free).filter(|free| *free <= table.layout.clusters && !table.layout.was_dirty);
+            meta.free_is_hint = meta.free.is_some();
             if table.layout.is_cluster(next) {
                 meta.next_free = next;
             }
@@ -165,6 +165,9 @@ impl<H: Host> Volume<H> {
     /// Finds `count` free clusters, links them among themselves and ends the chain. Looks behind `near` first. On
     /// [`FsError::NoSpace`] nothing changed.
     pub(super) fn allocate(&self, meta: &mut Meta, count: u32, near: Option<u32>) -> Result<Vec<Extent>> {
+        if meta.free_is_hint && meta.free.is_some_and(|free| free < count) {
+            self.count_free(meta)?;
+        }
         for last_try in [false, true] {
             let hopeless = meta.free.is_some_and(|free| free < count);
             match if hopeless { Err(FsError::NoSpace) } else { self.find_free(meta, count, near) } {
@@ -222,6 +225,7 @@ impl<H: Host> Volume<H> {
         }
         // The whole table was seen, so this is exact.
         meta.free = Some(found);
+        meta.free_is_hint = false;
         Err(FsError::NoSpace)
     }
 
@@ -255,19 +259,23 @@ impl<H: Host> Volume<H> {
         cursor.finish()
     }
 
+    /// Counts the free entries of the table, all of which it reads.
+    fn count_free(&self, meta: &mut Meta) -> Result<u32> {
+        let mut cursor = self.table.cursor();
+        let mut free = 0;
+        for cluster in 2..self.table.layout.clusters + 2 {
+            free += u32::from(cursor.value(cluster)? == 0);
+        }
+        meta.free = Some(free);
+        meta.free_is_hint = false;
+        Ok(free)
+    }
+
     /// Free clusters, those included that become free with the next commit.
     pub(super) fn free_clusters(&self, meta: &mut Meta) -> Result<u32> {
         let free = match meta.free {
             Some(free) => free,
-            None => {
-                let mut cursor = self.table.cursor();
-                let mut free = 0;
-                for cluster in 2..self.table.layout.clusters + 2 {
-                    free += u32::from(cursor.value(cluster)? == 0);
-                }
-                meta.free = Some(free);
-                free
-            }
+            None => self.count_free(meta)?,
         };
         let orphans = self.orphans.lock().iter().map(|extent| extent.len).sum::<u32>();
         let pending = meta.pending_free().saturating_add(orphans);

@@ -106,7 +106,7 @@ fn images() -> &'static [(Vec<u8>, Vec<usize>)] {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 250, max_shrink_iters: 100, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 120, max_shrink_iters: 100, ..ProptestConfig::default() })]
 
     #[test]
     fn damage_ends_in_typed_errors(

@@ -197,7 +197,7 @@ fn check(shape: Shape, ops: &[Op], cuts: &[(prop::sample::Index, u64)]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 200, ..ProptestConfig::default() })]
 
     #[test]
     fn fat12(ops in ops(80), cuts in prop::collection::vec(any::<(prop::sample::Index, u64)>(), 12)) {

@@ -313,6 +313,56 @@ fn the_dirty_bit_is_set_while_changes_are_under_way() {
 }
 
 #[test]
+fn a_device_has_one_writer() {
+    let device = MemoryDisk::new(make(SHAPES[2]));
+    let (kind, device) = kind_of(&device);
+    let mount = |read_only| kind.mount(Some(device.clone()), read_only);
+    let reader = mount(true).unwrap();
+    assert!(mount(true).is_ok());
+    assert_eq!(mount(false).err(), Some(FsError::Busy));
+    drop(reader);
+    let writer = mount(false).unwrap();
+    assert_eq!(mount(true).err(), Some(FsError::Busy));
+    let file = writer.root().unwrap().create(b"f", FileKind::File, None).unwrap();
+    drop(writer);
+    // Unmounted, but a file is open.
+    assert_eq!(mount(false).err(), Some(FsError::Busy));
+    drop(file);
+    assert!(mount(false).unwrap().root().unwrap().lookup(b"f").is_ok());
+}
+
+#[test]
+fn a_wrong_hint_of_free_space_is_not_believed() {
+    let mut image = make(SHAPES[4]);
+    let info = usize::from(u16::from_le_bytes([image[48], image[49]])) * 512;
+    image[info + 488..info + 492].copy_from_slice(&3_u32.to_le_bytes());
+    let device = MemoryDisk::new(image);
+    let fs = mount(&device);
+    let file = fs.root().unwrap().create(b"f", FileKind::File, None).unwrap();
+    file.write_at(0, &[1; 100_000]).unwrap();
+    fs.sync().unwrap();
+    assert_clean(&device.durable());
+}
+
+#[test]
+fn a_directory_knows_when_it_changed() {
+    let (_, fs) = empty(SHAPES[2]);
+    let dir = fs.root().unwrap().create(b"d", FileKind::Directory, None).unwrap();
+    let old = Timestamp { seconds: 1_000_000_000, nanos: 0 };
+    let changes: [&dyn Fn(); 3] = [
+        &|| drop(dir.create(b"a", FileKind::File, None).unwrap()),
+        &|| dir.rename(b"a", &dir, b"b").unwrap(),
+        &|| dir.remove(b"b").unwrap(),
+    ];
+    for change in changes {
+        dir.set_modified(old).unwrap();
+        assert_eq!(dir.metadata().unwrap().modified, old);
+        change();
+        assert!(dir.metadata().unwrap().modified > old);
+    }
+}
+
+#[test]
 fn read_only_refuses_every_change() {
     let image = make(SHAPES[4]);
     let device = MemoryDisk::with_info(image.clone(), |info| info.read_only = true);
