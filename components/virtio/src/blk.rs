@@ -181,12 +181,8 @@ impl<H: DeviceHost> Blk<H> {
             // There are no more queues than CPUs.
             match transport.attach(vector, CpuId(u32::from(vector)), signal.clone()) {
                 Ok(interrupt) => attached.push(interrupt),
-                Err(error) => {
-                    for interrupt in attached {
-                        transport.detach(interrupt);
-                    }
-                    return Err(Error::Host("attaching its interrupt", error));
-                }
+                // A line that is somebody else's, for example. Those who wait then look at the device themselves.
+                Err(error) => log::warn!("{place}: attaching an interrupt: {error}; polling instead"),
             }
             signals.push(signal);
         }
@@ -458,6 +454,7 @@ impl<H: DeviceHost> Parts<H> {
     fn finish(self, mut transport: Transport<H>) -> Result<Blk<H>> {
         let started = transport.driver_ok();
         let host = self.host;
+        let polled = self.attached.len() < self.queues.len();
         let device = Blk {
             host,
             place: self.place,
@@ -472,7 +469,7 @@ impl<H: DeviceHost> Parts<H> {
             acknowledger: self.acknowledger,
             instant: Mutex::new(host, Vec::new()),
             gone: AtomicBool::new(false),
-            polled: AtomicBool::new(false),
+            polled: AtomicBool::new(polled),
             errors: self.errors,
             timeouts: self.timeouts,
         };

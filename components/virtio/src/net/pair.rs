@@ -21,6 +21,8 @@ const REPOST_BATCH: u16 = 16;
 /// The link state is read at most this often by a busy queue.
 const LINK_CHECK_NS: u64 = 100_000_000;
 const MIN_BUFFERS: usize = 4;
+/// Buffers for large segments that are there from the start; the others are made when they are first needed.
+const MIN_LARGE: usize = 2;
 
 /// Which free list a transmit buffer belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +44,7 @@ struct Partial {
 
 /// A queue pair with its buffers.
 pub(super) struct Pair<H: DeviceHost> {
+    host: H,
     agreed: Agreed,
     counters: Counters,
     receive: Queue<H, ()>,
@@ -52,6 +55,8 @@ pub(super) struct Pair<H: DeviceHost> {
     receive_idle: Vec<DmaSlot<H>>,
     small: Vec<DmaSlot<H>>,
     large: Vec<DmaSlot<H>>,
+    /// How many more large buffers may be made.
+    large_left: usize,
     frame: Box<[u8]>,
     partial: Partial,
     /// A frame of this class found no room, so that room is worth an interrupt.
@@ -90,8 +95,8 @@ impl<H: DeviceHost> Pair<H> {
         let receive_idle = DmaSlot::pool(host, receive_bytes, usize::from(rx.1)).map_err(no_memory)?;
         let small = DmaSlot::pool(host, whole, usize::from(tx.1)).map_err(no_memory)?;
         let cuts = agreed.caps.intersects(anykernel::nic::NicCaps::TSO4 | anykernel::nic::NicCaps::TSO6);
-        let large_count = if cuts { budget.large } else { 0 };
-        let large = DmaSlot::pool(host, agreed.header_bytes + MAX_FRAME, large_count).map_err(no_memory)?;
+        let large = if cuts { MIN_LARGE } else { 0 };
+        let large = DmaSlot::pool(host, agreed.header_bytes + MAX_FRAME, large).map_err(no_memory)?;
         if receive_idle.len() < MIN_BUFFERS || small.len() < MIN_BUFFERS {
             return Err(no_memory(hypercall::Error::NoMemory));
         }
@@ -105,6 +110,7 @@ impl<H: DeviceHost> Pair<H> {
         let receive_bell = transport.enable_queue(rx.0, rx.1, receive.addresses(), index)?;
         let transmit_bell = transport.enable_queue(tx.0, tx.1, transmit.addresses(), index)?;
         Ok(Self {
+            host,
             agreed,
             counters,
             receive,
@@ -113,6 +119,7 @@ impl<H: DeviceHost> Pair<H> {
             transmit_bell,
             receive_idle,
             small,
+            large_left: budget.large.saturating_sub(large.len()),
             large,
             frame: frame.into_boxed_slice(),
             partial: Partial::default(),
@@ -221,6 +228,21 @@ impl<H: DeviceHost> Pair<H> {
         Ok(())
     }
 
+    /// Makes one more large buffer, if the budget and the host's memory allow.
+    fn make_large(&mut self) {
+        if self.large_left == 0 {
+            return;
+        }
+        match DmaSlot::pool(self.host, self.agreed.header_bytes + MAX_FRAME, 1) {
+            Ok(mut made) => {
+                self.large_left -= 1;
+                self.large.append(&mut made);
+            }
+            // Memory that is scarce now will be later: live with what there is.
+            Err(_) => self.large_left = 0,
+        }
+    }
+
     fn free(&mut self, class: Class) -> &mut Vec<DmaSlot<H>> {
         match class {
             Class::Small => &mut self.small,
@@ -245,6 +267,9 @@ impl<H: DeviceHost> Pair<H> {
         // Lazily: only when there is nothing left, and then all at once.
         if self.free(class).is_empty() {
             self.reclaim()?;
+            if class == Class::Large && self.large.is_empty() {
+                self.make_large();
+            }
         }
         let Some(mut slot) = self.free(class).pop() else {
             self.counters.tx_full.increment();

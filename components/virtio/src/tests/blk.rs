@@ -5,6 +5,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::Kernel;
 use anykernel::block::{BlockDevice, BlockError, Complete, Op, Request, transfer};
+use hypercall::{CpuId, Irq, IrqSource, Mmio, Signal};
 use std::string::String;
 use std::sync::Mutex;
 use std::vec;
@@ -240,6 +241,22 @@ fn uses_a_queue_for_each_cpu_and_vector() {
         drop(disk);
         shut_down(machine, &kernel);
     }
+}
+
+#[test]
+fn polls_when_the_interrupt_line_is_taken() {
+    let machine = TestMachine::new();
+    machine.add_mmio(BlkModel::new(image()), MmioOptions::default());
+    let mut line = 0;
+    machine.mmio_devices(&mut |device| line = device.line);
+    let taken = machine.irq_attach(IrqSource::Line(line), CpuId(0), Arc::new(Signal::new())).unwrap();
+    let kernel = kernel(machine);
+    let disk = kernel.block_devices()[0].clone();
+    let got = transfer(machine, &*disk, Op::Read, 1, zeroed(&[512])).unwrap();
+    assert_eq!(got.concat(), image()[512..1024]);
+    drop(disk);
+    machine.irq_detach(taken);
+    shut_down(machine, &kernel);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use crate::dma::{Chain, DmaSlot};
 use crate::queue::{AddError, Queue, QueueOptions, Quiet, need_event};
 use crate::testing::TestMachine;
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
 use proptest::prelude::*;
 use virtio_queue::{Queue as DeviceQueue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -335,5 +336,98 @@ proptest! {
         prop_assert_eq!(back, (0..added).collect::<Vec<_>>());
         drop(pair.slots);
         prop_assert_eq!(pair.machine.arena().blocks_in_use(), 0);
+    }
+}
+
+/// A word that one thread sets and another waits for.
+#[derive(Default)]
+struct Bell(core::sync::atomic::AtomicU32);
+
+impl Bell {
+    fn ring(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Waits for a ring since `seen`; `false` after two seconds without.
+    fn wait(&self, seen: u32) -> bool {
+        let start = std::time::Instant::now();
+        while self.0.load(Ordering::SeqCst) == seen {
+            if start.elapsed().as_secs() >= 2 {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        true
+    }
+
+    fn seen(&self) -> u32 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// Driver and device on two CPUs, each asleep unless the other woke it: without the fences between telling and looking
+/// one of them sleeps for ever (seen within seconds when a fence is taken out).
+#[test]
+fn two_cpus_never_sleep_on_each_other() {
+    const CHAINS: u64 = if cfg!(miri) { 200 } else { 300_000 };
+    for event_idx in [true, false] {
+        let Pair { machine, mut driver, mut device, memory, mut slots } = Pair::new(4, event_idx, false);
+        let (kick, interrupt, done) = (Bell::default(), Bell::default(), Bell::default());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                loop {
+                    let seen = kick.seen();
+                    while let Some(chain) = device.pop_descriptor_chain(&memory) {
+                        let head = chain.head_index();
+                        device.add_used(&memory, head, 0).unwrap();
+                        if device.needs_notification(&memory).unwrap() {
+                            interrupt.ring();
+                        }
+                    }
+                    if device.enable_notification(&memory).unwrap() {
+                        continue;
+                    }
+                    while !kick.wait(seen) {
+                        if done.seen() > 0 {
+                            return;
+                        }
+                    }
+                }
+            });
+            let mut left = CHAINS;
+            let mut back = 0;
+            while back < CHAINS {
+                let seen = interrupt.seen();
+                driver.disable_interrupts();
+                while let Some(returned) = driver.pop().unwrap() {
+                    slots.push(returned.chain.into_parts().0);
+                    back += 1;
+                }
+                while left > 0
+                    && let Some(slot) = slots.pop()
+                {
+                    left -= 1;
+                    driver.add(Chain::new(slot, 8, 0, Vec::new()), left).ok().unwrap();
+                    if driver.publish() {
+                        kick.ring();
+                    }
+                }
+                if driver.in_flight() > 0 && !driver.enable_interrupts(0) {
+                    let woken = interrupt.wait(seen);
+                    if !woken {
+                        done.ring();
+                    }
+                    assert!(
+                        woken,
+                        "asleep with {} chains in flight, event_idx {event_idx}",
+                        driver.in_flight()
+                    );
+                }
+            }
+            done.ring();
+        });
+        driver.dismantle(&Quiet::after_reset(), |_, chain| drop(chain));
+        drop(slots);
+        assert_eq!(machine.arena().blocks_in_use(), 0);
     }
 }
