@@ -142,7 +142,6 @@ int ak_link_open(u32 index, const void *signal, struct ak_link_info *info)
 		return error;
 	memcpy(info->mac, link->mac, ETH_ALEN);
 	info->mtu = link->dev->mtu;
-	netif_carrier_on(link->dev);
 	return 0;
 }
 
@@ -154,7 +153,6 @@ const void *ak_link_close(u32 index)
 	if (index >= ak_links_count)
 		return NULL;
 	link = ak_links[index];
-	netif_carrier_off(link->dev);
 	spin_lock_irq(&link->to_domain.lock);
 	signal = link->signal;
 	link->signal = NULL;
@@ -262,7 +260,6 @@ static int ak_link_register(u32 index, unsigned int mtu)
 		return -ENOMEM;
 	}
 	netif_napi_add(dev, &link->napi, ak_poll);
-	netif_carrier_off(dev);
 	error = register_netdev(dev);
 	if (error) {
 		pr_err("interface %s cannot be registered: error %d\n", dev->name, error);

@@ -12,6 +12,7 @@ use hypercall::ExitStatus;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Which kernel to boot unless the environment variable `ANYKERNEL_LINUX` says another series.
 const SERIES: &str = "6.1";
@@ -41,6 +42,25 @@ pub const MODULES: [&str; 12] = [
 ///
 /// Errors are lines for a person. The guest's own end is an `Ok`.
 pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
+    let series = std::env::var("ANYKERNEL_LINUX").unwrap_or_else(|_| SERIES.into());
+    let (ended, code) = boot(spec, &series, None)?;
+    if ended != ExitStatus::Success || crate::interrupt::interrupted() {
+        return Ok(ended);
+    }
+    status_of(code.trim())
+        .ok_or_else(|| Failure::new("Linux stopped before the application ended: see its last words above"))
+}
+
+/// Boots a kernel of `series` ("6.1" or "6.12") for a test: `script` is run by its shell, as the first process, with the
+/// module at `/lib/anykernel.ko`. Returns what the script wrote to `/dev/ttyS1`.
+///
+/// The script ends with `end STATUS`, which turns the machine off.
+pub fn run_script(spec: &RunSpec, series: &str, script: &str) -> Result<String, Failure> {
+    boot(spec, series, Some(script)).map(|(_, text)| text)
+}
+
+/// How QEMU ended, and what came out of the second serial port.
+fn boot(spec: &RunSpec, series: &str, script: Option<&str>) -> Result<(ExitStatus, String), Failure> {
     if spec.trace.is_some() {
         return Err(Failure::usage("--trace works with --on userspace only"));
     }
@@ -52,11 +72,10 @@ pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     }
     let workspace = build::workspace()?;
     let store = workspace.join("target/linux");
-    let series = std::env::var("ANYKERNEL_LINUX").unwrap_or_else(|_| SERIES.into());
-    let kernel = kernel::find(&series, &store)?;
+    let kernel = kernel::find(series, &store)?;
     let plan = module_build::Build { workspace, kernel: kernel.headers.clone() };
     let module = module_build::build::<Failure>(&plan, &mut build::step)?;
-    let archive = initramfs(spec, &kernel, &module.path, &kernel::busybox(&store)?)?;
+    let archive = initramfs(spec, &kernel, &module.path, &kernel::busybox(&store)?, script)?;
 
     let initrd = Temporary::new(&store, "initrd", &archive)?;
     let status = Temporary::new(&store, "status", b"")?;
@@ -68,16 +87,7 @@ pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     serial.push(&status.0);
     machine.arg("-serial").arg(serial);
     let ended = machine.run(spec)?;
-    if ended != ExitStatus::Success || crate::interrupt::interrupted() {
-        return Ok(ended);
-    }
-    let code = fs::read_to_string(&status.0).unwrap_or_default();
-    status_of(code.trim()).ok_or_else(|| {
-        Failure::new(format!(
-            "Linux {} stopped before the application ended: see its last words above",
-            kernel.release
-        ))
-    })
+    Ok((ended, fs::read_to_string(&status.0).unwrap_or_default()))
 }
 
 fn status_of(code: &str) -> Option<ExitStatus> {
@@ -90,8 +100,11 @@ fn status_of(code: &str) -> Option<ExitStatus> {
 struct Temporary(PathBuf);
 
 impl Temporary {
+    /// Its name is this process's and this call's alone.
     fn new(dir: &Path, name: &str, content: &[u8]) -> Result<Self, Failure> {
-        let path = dir.join(format!("{name}-{}", std::process::id()));
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let path =
+            dir.join(format!("{name}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
         let written = fs::create_dir_all(dir).and_then(|()| fs::write(&path, content));
         written.map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
         Ok(Self(path))
@@ -114,6 +127,7 @@ fn initramfs(
     kernel: &kernel::GuestKernel,
     module: &Path,
     busybox: &Path,
+    script: Option<&str>,
 ) -> Result<Vec<u8>, Failure> {
     let mut root = initramfs::Initramfs::default();
     for directory in ["bin", "dev", "lib", "proc", "sys"] {
@@ -121,6 +135,9 @@ fn initramfs(
     }
     root.file("bin/busybox", &read(busybox)?);
     root.file("init", include_bytes!("linux_module/init.sh"));
+    if let Some(script) = script {
+        root.file("script", script.as_bytes());
+    }
     root.file("modules", MODULES.join("\n").as_bytes());
     root.file("parameters", parameters(spec).as_bytes());
     root.file("config.json", spec.config.to_json().as_bytes());
