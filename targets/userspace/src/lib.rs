@@ -17,6 +17,7 @@ pub mod plan;
 pub mod qemu;
 pub mod runner;
 mod spec;
+pub mod trace;
 
 pub use disk::HostDisk;
 pub use host::{ConsoleSink, ConsoleText, DomainExit, HostOwner, HostSetup, PosixHost};

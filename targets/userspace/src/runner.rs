@@ -2,8 +2,10 @@
 
 use crate::gateway::{self, Bound, Gateway};
 use crate::link::{Pcap, Tap};
+use crate::trace::Trace;
 use crate::{ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, RunSpec, apps, interrupt, qemu};
 use anykernel::StartError;
+use hypercall::layers::Traced;
 use hypercall::{ExitStatus, Host, HostBlock, HostLink};
 use serde_json::json;
 use std::io::Write;
@@ -28,6 +30,9 @@ pub const LEAST_MEMORY: u64 = 4 << 20;
 /// Runs `spec.config.app` on `target` to its end. Failures are lines for a person.
 pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
     check(spec)?;
+    if target != Target::Userspace && spec.trace.is_some() {
+        return Err(Failure::usage("--trace works with --on userspace only"));
+    }
     match target {
         Target::Userspace => userspace(spec),
         Target::Rumprun => qemu::rumprun::run(spec),
@@ -147,8 +152,16 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
             builder = builder.link(link);
         }
     }
-    let instance = builder.start().map_err(start_failure)?;
-    run_instance(spec, &instance, gateway, &published)
+    let Some(path) = &spec.trace else {
+        let instance = builder.start().map_err(start_failure)?;
+        return run_instance(spec, &instance, gateway, &published);
+    };
+    let trace = Trace::start(path, &spec.config.hostname)?;
+    let instance = builder.start_on(|host| Traced::new(host, trace.sink())).map_err(start_failure)?;
+    let status = run_instance(spec, &instance, gateway, &published);
+    instance.shutdown();
+    trace.finish()?;
+    status
 }
 
 fn run_instance<H: Host + HostBlock + HostLink>(

@@ -280,6 +280,29 @@ fn httpd_serves_every_file_of_an_ext4_image_and_ends_on_a_signal() {
 }
 
 #[test]
+fn trace_and_frames_are_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let (trace, frames) = (dir.path().join("trace.json"), dir.path().join("frames.pcapng"));
+    let image = format!("{SITE}/site.ext4");
+    let mut args = vec!["run", "httpd", "--json", "--disk", &image, "--publish", "0:80"];
+    args.extend(["--trace", trace.to_str().unwrap(), "--pcap", frames.to_str().unwrap()]);
+    let (mut server, stdout) = Server::start(&args);
+    let mut events =
+        stdout.lines().map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap());
+    let published = events.find(|event| event["event"] == "publish").expect("a publish event");
+    let page = get(published["host"].as_str().unwrap(), "/docs/contract.txt");
+    server.signal("INT");
+    assert_eq!(server.wait(), 0);
+    let trace: serde_json::Value = serde_json::from_slice(&std::fs::read(trace).unwrap()).unwrap();
+    let calls = trace["traceEvents"].as_array().unwrap();
+    for name in ["disk_read", "link_send", "park"] {
+        assert!(calls.iter().any(|call| call["name"] == name), "no {name} in the trace");
+    }
+    let frames = std::fs::read(frames).unwrap();
+    assert!(frames.windows(40).any(|part| part == &page[..40]), "the page is not among the frames");
+}
+
+#[test]
 fn a_port_in_use_is_said_so() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
