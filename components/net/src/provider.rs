@@ -227,7 +227,7 @@ pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
             Cell {
                 shard: Mutex::new(host, Shard::new(setup)),
                 signal,
-                inbox: ArrayQueue::new(RING_LEN),
+                inbox: ArrayQueue::new(if count > 1 { RING_LEN } else { 1 }),
                 sleeps_until: AtomicU64::new(0),
             }
         })

@@ -23,7 +23,8 @@ impl Instance {
             ipv4: format!("10.0.0.{last}/24"),
             ipv6: format!("fd00::{last}/64"),
             gateway: None,
-            dns: vec![],
+            // The first does not answer: it is this host, where nobody listens.
+            dns: if last == 1 { vec!["10.0.0.1".into(), "10.0.0.2".into()] } else { vec![] },
         };
         let config = Config { interfaces: vec![interface], ..Config::default() };
         let kernel = Kernel::new(host, config);
@@ -166,7 +167,7 @@ fn addresses_in_use_and_not_ours() {
     let found = block_on(client.host, std::future::poll_fn(|cx| literal.poll_addresses(cx))).unwrap();
     assert_eq!(found, ["10.1.2.3".parse::<std::net::IpAddr>().unwrap()]);
     assert_eq!(client.net.lookup("no servers.example").err(), Some(NetError::Invalid));
-    assert_eq!(client.net.lookup("no-servers.example").err(), Some(NetError::Unreachable));
+    assert_eq!(server.net.lookup("no-servers.example").err(), Some(NetError::Unreachable));
     client.end();
     server.end();
 }
@@ -180,6 +181,52 @@ fn a_lossy_link_loses_no_data() {
     let (client, server) = (Instance::new(a, 1), Instance::new(b, 2));
     serve(&server, "0.0.0.0:7");
     client.within(100, exchange(&*client.net, "10.0.0.2:7".parse().unwrap(), 200_000, 1));
+    client.end();
+    server.end();
+}
+
+/// An answer as RFC 1035 draws it: `files.example` is an alias of `a.example` at 10.7.7.7; nothing else exists.
+fn dns_answer(query: &[u8]) -> Vec<u8> {
+    let known = query[12..].to_ascii_lowercase().starts_with(b"\x05files\x07example\0");
+    let mut answer = query.to_vec();
+    answer[2..4].copy_from_slice(if known { &[0x81, 0x80] } else { &[0x81, 0x83] });
+    let kind = query[query.len() - 3];
+    if known {
+        answer[7] = if kind == 1 { 2 } else { 1 };
+        // The alias, with both names compressed: its owner is the question, its target ends with "example".
+        answer.extend([0xc0, 12, 0, 5, 0, 1, 0, 0, 0, 60, 0, 4, 1, b'a', 0xc0, 18]);
+        if kind == 1 {
+            let alias_at = (query.len() + 12) as u8;
+            answer.extend([0xc0, alias_at, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 10, 7, 7, 7]);
+        }
+    }
+    answer
+}
+
+#[test]
+fn names() {
+    let (client, server) = pair();
+    let socket = UdpSocket(server.net.bind("0.0.0.0:53".parse().unwrap()).unwrap());
+    let executor = server.kernel.start_executor("dns").unwrap();
+    executor.spawn(async move {
+        let mut buf = [0u8; 512];
+        while let Ok((n, from)) = socket.recv_from(&mut buf).await {
+            // A forger who does not know the identifier comes first.
+            let mut forged = dns_answer(&buf[..n]);
+            forged[0] ^= 1;
+            let last = forged.len() - 1;
+            forged[last] = 66;
+            let _ = socket.send_to(&forged, from).await;
+            let _ = socket.send_to(&dns_answer(&buf[..n]), from).await;
+        }
+    });
+    let look = |name: &str| {
+        let mut lookup = client.net.lookup(name).unwrap();
+        client.within(20, std::future::poll_fn(|cx| lookup.poll_addresses(cx)))
+    };
+    assert_eq!(look("files.example"), Ok(vec!["10.7.7.7".parse().unwrap()]));
+    assert_eq!(look("Files.Example."), Ok(vec!["10.7.7.7".parse().unwrap()]));
+    assert_eq!(look("missing.example"), Err(NetError::NameNotFound));
     client.end();
     server.end();
 }

@@ -212,6 +212,11 @@ impl Engine {
         Some(u64::try_from(at.total_micros()).unwrap_or(0) * 1000)
     }
 
+    /// Largest packet of the way out.
+    pub(crate) fn mtu(&self) -> usize {
+        self.path.mtu
+    }
+
     pub(crate) fn socket(&self) -> &tcp::Socket<'static> {
         self.sockets.get(self.handle)
     }

@@ -30,6 +30,10 @@ const SILENCE_NS: u64 = 100_000_000_000;
 const ORPHAN_NS: u64 = 60_000_000_000;
 /// With keep-alive, how many idle times without an answer end the connection.
 const KEEPALIVE_TRIES: u64 = 4;
+/// Acknowledgements are delayed this long (RFC 9293, 3.8.6.3 allows 500 ms), so that they travel with an answer...
+const ACK_DELAY: Duration = Duration::from_millis(10);
+/// ... but not for the first segments with data, while the peer's congestion window is small and grows with every one.
+const QUICK_ACKS: u8 = 16;
 /// Guards against an engine that wants to be polled at once for ever.
 const MIN_WAIT_NS: u64 = 1_000_000;
 
@@ -54,6 +58,8 @@ pub(crate) struct Flow {
     /// How many segments had been sent when TIME-WAIT began.
     before_time_wait: Option<u32>,
     established: bool,
+    /// How many segments with data are still acknowledged at once.
+    quick_acks: u8,
     /// No handle is left.
     orphan: bool,
     orphan_deadline_ns: u64,
@@ -203,6 +209,7 @@ impl Shard {
             emitted: Emitted::default(),
             before_time_wait: None,
             established: false,
+            quick_acks: QUICK_ACKS,
             orphan: false,
             orphan_deadline_ns: 0,
             read_shut: false,
@@ -301,6 +308,12 @@ impl Shard {
             full: false,
         };
         if let Some(engine) = &mut flow.engine {
+            if tcp.len > 0 {
+                // What the device merged is more than one segment, of which every second is due an answer.
+                let quick = flow.quick_acks > 0 || ip.whole.len() > engine.mtu();
+                flow.quick_acks = flow.quick_acks.saturating_sub(1);
+                engine.socket_mut().set_ack_delay(Some(if quick { Duration::ZERO } else { ACK_DELAY }));
+            }
             engine.ingress(self.now_ns, mended.as_deref().unwrap_or(ip.whole), &mut egress);
         }
         let after = flow.state();

@@ -198,8 +198,10 @@ impl World {
         }
     }
 
-    /// Lets everything happen that can at this moment.
-    pub(crate) fn settle(&mut self) {
+    /// Lets everything happen that can at this moment. Says whether anything did.
+    pub(crate) fn settle(&mut self) -> bool {
+        let mut shards = self.nodes.iter().flat_map(|node| &node.shards);
+        let waiting = shards.any(|shard| !shard.ready.is_empty() || !shard.io.local.is_empty());
         for round in 0.. {
             assert!(round < 100_000, "the stacks never come to rest");
             let mut again = false;
@@ -228,9 +230,10 @@ impl World {
             }
             let due = self.deadline().is_some_and(|at| at <= self.now_ns);
             if !again && !due {
-                return;
+                return waiting || round > 0;
             }
         }
+        false
     }
 
     fn deadline(&self) -> Option<u64> {
@@ -247,7 +250,10 @@ impl World {
                 self.settle();
                 return true;
             }
-            self.settle();
+            // What `done` did may have led to something that it wants to see before time passes.
+            if self.settle() {
+                continue;
+            }
             match self.deadline() {
                 Some(at) if at <= end => self.now_ns = at.max(self.now_ns),
                 _ => {
