@@ -195,7 +195,13 @@ fn the_machine_keeps_the_contract() {
         let end = guest.run(hello());
         end.expect(
             SUCCESS,
-            &["park/no-lost-wakeup: pass", "dma/aligned: pass", "irq/detach: pass", "conformance: 0 failed"],
+            &[
+                "memory/copy: pass",
+                "park/no-lost-wakeup: pass",
+                "dma/aligned: pass",
+                "irq/detach: pass",
+                "conformance: 0 failed",
+            ],
         );
     }
 }
@@ -211,6 +217,8 @@ fn it_boots_under_kvm() {
     guest.accelerator = ["-accel", "kvm", "-cpu", "host,arch-capabilities=off"].map(Into::into).into();
     let end = guest.run(hello());
     end.expect(SUCCESS, &["hello from CPU 0", "hello from CPU 1"]);
+    // Copies take another way there.
+    guest.request("copies").run(hello()).expect(SUCCESS, &["memory/copy: pass"]);
 }
 
 /// An ext4 image with some files, and what is in them.

@@ -65,10 +65,47 @@ mod application {
         panic!("as requested")
     }
 
+    /// Judges the copying of memory, byte by byte, at all small sizes and overlaps and some large ones.
+    fn copies_right() -> bool {
+        let mut buffer = alloc::vec![0u8; 1400];
+        let sizes = (0..36).chain([63, 64, 65, 95, 96, 97, 128, 129, 255, 511, 512, 513, 600]);
+        for size in sizes {
+            for (from, to) in [(0, 700), (700, 3), (700, 701), (701, 700), (700, 709), (709, 700)] {
+                for (at, byte) in buffer.iter_mut().enumerate() {
+                    *byte = (at * 7 + size) as u8;
+                }
+                buffer.copy_within(from..from + size, core::hint::black_box(to));
+                let right = buffer.iter().enumerate().all(|(at, byte)| {
+                    let source = if (to..to + size).contains(&at) { at - to + from } else { at };
+                    *byte == (source * 7 + size) as u8
+                });
+                if !right {
+                    say(&format!("memory/copy: FAIL: {size} bytes from {from} to {to}"));
+                    return false;
+                }
+            }
+            let (source, target) = buffer.split_at_mut(700);
+            source.fill(0x5a);
+            target.fill(0);
+            target[5..5 + size].copy_from_slice(core::hint::black_box(&source[1..1 + size]));
+            source[3..3 + size].fill(core::hint::black_box(0xa5));
+            let copied =
+                target.iter().enumerate().all(|(at, byte)| (*byte == 0x5a) == (5..5 + size).contains(&at));
+            let filled =
+                source.iter().enumerate().all(|(at, byte)| (*byte == 0xa5) == (3..3 + size).contains(&at));
+            if !(copied && filled) {
+                say(&format!("memory/copy: FAIL: {size} bytes"));
+                return false;
+            }
+        }
+        say("memory/copy: pass");
+        true
+    }
+
     /// Judges the machine by the suites of the contracts that it offers.
     fn conformance() -> ExitStatus {
         use hypercall::conformance::{self, CheckReport, Outcome};
-        let mut failed = 0;
+        let mut failed = u32::from(!copies_right());
         let mut report = |check: CheckReport| {
             failed += u32::from(matches!(check.outcome, Outcome::Fail(_)));
             say(&format!("{check}"));
@@ -110,6 +147,13 @@ mod application {
                     unsafe { core::mem::transmute(core::hint::black_box(code.as_ptr())) };
                 call();
                 ExitStatus::Failure
+            }
+            "copies" => {
+                if copies_right() {
+                    ExitStatus::Success
+                } else {
+                    ExitStatus::Failure
+                }
             }
             "conformance" => conformance(),
             "fail" => Machine.exit(ExitStatus::Failure),

@@ -69,12 +69,17 @@ pub(crate) fn has_line(line: u32) -> bool {
     with_line(line, |_, _| ()).is_ok()
 }
 
-fn entry(line: u32, vector: u8) -> u32 {
-    // Lines above the 16 of the ISA bus are PCI's, which are active low.
-    u32::from(vector) | LEVEL | if line >= 16 { ACTIVE_LOW } else { 0 }
+/// Whether a line is edge-triggered: the 16 of the ISA bus, where virtio-mmio devices are as well, are; those above are PCI's,
+/// level-triggered and active low. An edge does not come again by itself, so it need not be masked.
+pub(crate) fn is_edge(line: u32) -> bool {
+    line < 16
 }
 
-/// Delivers a line, level-triggered, as `vector` of the CPU with that APIC id.
+fn entry(line: u32, vector: u8) -> u32 {
+    u32::from(vector) | if is_edge(line) { 0 } else { LEVEL | ACTIVE_LOW }
+}
+
+/// Delivers a line as `vector` of the CPU with that APIC id.
 pub(crate) fn route(line: u32, vector: u8, apic_id: u32) -> Result<()> {
     with_line(line, |apic, low| {
         apic.write(low, entry(line, vector) | MASKED);

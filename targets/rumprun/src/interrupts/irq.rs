@@ -28,7 +28,9 @@ pub(super) fn handle(vector: u8) {
     let vectors = cpu::this().vectors.0.lock();
     match &vectors[usize::from(vector - FIRST_DEVICE_VECTOR)] {
         Some(attached) => {
-            if let IrqSource::Line(line) = attached.source {
+            if let IrqSource::Line(line) = attached.source
+                && !ioapic::is_edge(line)
+            {
                 ioapic::set_mask(line, vector, true);
             }
             apic::end_of_interrupt();
@@ -93,7 +95,9 @@ pub(crate) fn unmask(irq: IrqId) {
         Some(Attached { source: IrqSource::Line(line), .. }) => *line,
         _ => return,
     };
-    ioapic::set_mask(line, vector, false);
+    if !ioapic::is_edge(line) {
+        ioapic::set_mask(line, vector, false);
+    }
 }
 
 /// See [`hypercall::Irq::irq_detach`].

@@ -14,10 +14,25 @@ pub(crate) mod paging;
 pub(crate) mod stacks;
 
 use crate::boot::start_info::{Range, StartInfo};
-use core::sync::atomic::{AtomicU64, Ordering};
+use crate::cpu::regs;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Below it is firmware, the start info and the trampoline of the other CPUs: not given out.
 const LOW_MEMORY: u64 = 0x10_0000;
+
+/// Long copies use the CPU's string instructions: set where no emulator runs them.
+static STRING_INSTRUCTIONS: AtomicBool = AtomicBool::new(false);
+
+#[cfg(target_os = "none")]
+core::arch::global_asm!(include_str!("copy.s"), rep = sym STRING_INSTRUCTIONS);
+
+/// Chooses the way to copy memory: string instructions where the CPU says that they are fast, and is a real one.
+fn choose_copy() {
+    const FAST_STRINGS: u32 = 1 << 9;
+    let emulated = regs::cpuid(0x4000_0000, 0).ebx.to_le_bytes() == *b"TCGT";
+    let fast = regs::cpuid(7, 0).ebx & FAST_STRINGS != 0;
+    STRING_INSTRUCTIONS.store(fast && !emulated, Ordering::Relaxed);
+}
 
 static TOTAL: AtomicU64 = AtomicU64::new(0);
 
@@ -72,6 +87,7 @@ fn usable(info: &StartInfo, mut each: impl FnMut(Range)) {
 /// # Safety
 /// Once, on the boot CPU, under the page tables of `entry.s`.
 pub(crate) unsafe fn init(info: &StartInfo) {
+    choose_copy();
     let end = info.ram().iter().map(|range| range.end).max().unwrap_or(0);
     TOTAL.store(info.ram().iter().map(|range| range.end - range.start).sum(), Ordering::Relaxed);
 

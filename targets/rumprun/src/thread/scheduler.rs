@@ -17,9 +17,10 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// How long a thread runs before others of its kind get their turn.
-const SLICE_NS: u64 = 4_000_000;
-/// How long it runs before a thread that was woken gets its turn.
-const WAKE_SLICE_NS: u64 = 500_000;
+const SLICE_NS: u64 = 5_000_000;
+/// How long it runs before a thread that was woken gets its turn. Most threads sleep again before that, and then the timer
+/// was set for nothing: shorter times cost more timer interrupts than they save waiting.
+const WAKE_SLICE_NS: u64 = 2_000_000;
 /// So many woken threads run in a row before one that used up its slice does.
 const WOKEN_IN_A_ROW: u32 = 16;
 
