@@ -91,18 +91,9 @@ fn bench(name: &str, json: bool) -> sh::Result {
     install::benchmark_peers()?;
     let anykernel = sh::anykernel()?;
     let dir = sh::work_dir("bench")?;
-    let mut command = sh::cargo();
-    command.args([
-        "run",
-        "--quiet",
-        "--release",
-        "--package",
-        "anykernel-bench",
-        "--bin",
-        "bench",
-        "--",
-        name,
-    ]);
+    sh::run(sh::cargo().args(["build", "--quiet", "--release", "--package", "anykernel-bench", "--bins"]))?;
+    let mut command = std::process::Command::new(anykernel.with_file_name("bench"));
+    command.arg(name);
     command.arg("--anykernel").arg(anykernel).arg("--dir").arg(dir);
     if json {
         command.arg("--json");
