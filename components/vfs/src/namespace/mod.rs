@@ -119,6 +119,10 @@ impl<H: Host> MountTree<H> {
         };
         let devices = kernel.block_devices();
         let device = devices.iter().find(|device| device.info().name == source);
+        if let Some(busy) = device.and_then(|device| table.uses(&device.info().name)) {
+            let line = format!("the device is mounted at {} already", String::from_utf8_lossy(&busy));
+            return Err(fail(FsError::Busy, line));
+        }
         let (device, kind) = match (device, named) {
             (Some(device), Some(kind)) => (Some(device.clone()), kind.clone()),
             (Some(device), None) => {
@@ -139,12 +143,6 @@ impl<H: Host> MountTree<H> {
                 }
             },
         };
-        if let Some(device) = &device
-            && let Some(busy) = table.uses(&device.info().name)
-        {
-            let line = format!("the device is mounted at {} already", String::from_utf8_lossy(&busy));
-            return Err(fail(FsError::Busy, line));
-        }
         let filesystem = kind.mount(device.clone(), read_only).map_err(|error| {
             let line = device
                 .as_ref()
