@@ -181,7 +181,7 @@ impl Drop for Case<'_> {
 
 #[test]
 fn damaged_images_are_only_errors() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = common::scratch();
     let tree = dir.path().join("tree");
     small_tree(&tree);
     let path = dir.path().join("image");

@@ -93,7 +93,7 @@ fn theirs(directory: &Path, path: &str, tree: &mut Tree) {
 
 #[test]
 fn ten_thousand_files_have_the_hashes_that_debugfs_gives() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = common::scratch();
     let tree = dir.path().join("tree");
     std::fs::create_dir_all(tree.join("one directory")).unwrap();
     for number in 0..10_000u32 {
@@ -145,7 +145,7 @@ fn small_image(dir: &Path) -> Vec<u8> {
 
 #[test]
 fn partitions_and_several_mounts() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = common::scratch();
     let image = small_image(dir.path());
     let mut disk = vec![0; 1 << 20];
     disk.extend(&image);
@@ -180,7 +180,7 @@ fn partitions_and_several_mounts() {
 
 #[test]
 fn every_failure_is_one_line_that_says_what_to_do() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = common::scratch();
     let image = small_image(dir.path());
     let fails = |disk: Option<Vec<u8>>, source: &str| {
         let host = TestHost::new();
@@ -211,7 +211,7 @@ fn every_failure_is_one_line_that_says_what_to_do() {
 
 #[test]
 fn a_disk_that_fails_later_is_an_error_of_the_read() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = common::scratch();
     let host = TestHost::new();
     host.add_disk(small_image(dir.path()), 512, true);
     let kernel = start(host, vec![mount("disk0", "/")]).unwrap();

@@ -28,9 +28,14 @@ fn run(program: &str, arguments: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
+/// A directory that goes away again; in memory where that exists, because thousands of files take long on a disk.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// An image with the content of `tree`.
 fn image(tree: Option<&Path>, options: &[&str], size: &str) -> Vec<u8> {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("image");
     let mut arguments = vec!["-q", "-F"];
     if !options.contains(&"-b") {
@@ -131,7 +136,7 @@ fn pattern(len: usize) -> Vec<u8> {
 
 /// A tree with something of everything.
 fn sample_tree(many: usize) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let at = |name: &str| dir.path().join(name);
     fs::create_dir(at("dir")).unwrap();
     fs::create_dir(at("dir/sub")).unwrap();
@@ -242,7 +247,7 @@ fn repair(image: &Path) {
 }
 
 fn debugfs_write(image: &Path, commands: &[String]) {
-    let script = tempfile::NamedTempFile::new().unwrap();
+    let script = tempfile::NamedTempFile::new_in(image.parent().unwrap()).unwrap();
     fs::write(&script, commands.join("\n")).unwrap();
     run("debugfs", &["-w", "-f", script.path().to_str().unwrap(), image.to_str().unwrap()]);
 }
@@ -253,7 +258,7 @@ fn finds_names_by_every_hash() {
     for number in 0..300 {
         fs::write(tree.path().join(format!("many/\u{e9}\u{6f22}{number}")), "").unwrap();
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let original = image(Some(tree.path()), &["-b", "1024"], "64M");
     for (hash, unsigned) in [("legacy", false), ("half_md4", false), ("half_md4", true), ("tea", true)] {
         let path = dir.path().join("image");
@@ -278,7 +283,7 @@ fn finds_names_by_every_hash() {
 #[test]
 fn replays_the_journal_in_memory() {
     let tree = sample_tree(10);
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("image");
     let at = |name: &str| dir.path().join(name).into_os_string().into_string().unwrap();
     for (options, open) in [
@@ -396,7 +401,7 @@ fn refuses_what_it_cannot_read_and_says_why() {
 fn a_wrong_checksum_is_corrupt() {
     let tree = sample_tree(1500);
     let good = image(Some(tree.path()), &[], "64M");
-    let dir = tempfile::tempdir().unwrap();
+    let dir = scratch();
     let path = dir.path().join("image");
     fs::write(&path, &good).unwrap();
     let ask = |request: &str| {

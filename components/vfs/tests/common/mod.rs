@@ -61,6 +61,11 @@ impl BlockDevice for Image {
     }
 }
 
+/// A directory that goes away again; in memory where that exists, because thousands of files take long on a disk.
+pub(crate) fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// Runs a program of e2fsprogs, which `cargo xtask test` installs; without it the test fails.
 pub(crate) fn run(program: &str, arguments: &[&str]) -> Vec<u8> {
     let output = Command::new(program)
