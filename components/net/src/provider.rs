@@ -86,10 +86,11 @@ impl<H: Host> Drop for Session<'_, H> {
     fn drop(&mut self) {
         let Some(mut guard) = self.guard.take() else { return };
         let more = guard.finish();
-        let (wakers, messages) = guard.take_effects();
+        let (mut wakers, mut messages) = (Vec::new(), Vec::new());
+        guard.swap_effects(&mut wakers, &mut messages);
         let deadline = guard.next_deadline_ns();
         drop(guard);
-        self.stack.deliver(messages);
+        self.stack.deliver(&mut messages);
         for waker in wakers {
             waker.wake();
         }
@@ -111,9 +112,9 @@ impl<H: Host> Stack<H> {
         Ok(Session { stack: self, index, guard: Some(guard) })
     }
 
-    fn deliver(&self, messages: Vec<(usize, Message)>) {
+    fn deliver(&self, messages: &mut Vec<(usize, Message)>) {
         let mut to = 0u64;
-        for (index, message) in messages {
+        for (index, message) in messages.drain(..) {
             let Some(cell) = self.cells.get(index) else { continue };
             let mut message = message;
             // Configuration is rare and may not be lost; the ring empties as fast as the other shard runs.
@@ -140,6 +141,7 @@ impl<H: Host> Stack<H> {
     /// What the thread of a shard does until `stopping`.
     fn run(&self, index: usize, stopping: impl Fn() -> bool) {
         let Some(cell) = self.cells.get(index) else { return };
+        let (mut wakers, mut messages) = (Vec::new(), Vec::new());
         while !stopping() {
             let seen = cell.signal.count();
             cell.sleeps_until.store(0, Ordering::Relaxed);
@@ -151,15 +153,15 @@ impl<H: Host> Stack<H> {
                 guard.message_in(message);
             }
             let again = guard.poll(now_ns).again || guard.arm() || !cell.inbox.is_empty();
-            let (wakers, messages) = guard.take_effects();
+            guard.swap_effects(&mut wakers, &mut messages);
             let deadline = guard.next_deadline_ns();
             // Under the lock, so that whoever takes it next compares with what we go to sleep with.
             if !again {
                 cell.sleeps_until.store(deadline.unwrap_or(u64::MAX), Ordering::Relaxed);
             }
             drop(guard);
-            self.deliver(messages);
-            for waker in wakers {
+            self.deliver(&mut messages);
+            for waker in wakers.drain(..) {
                 waker.wake();
             }
             if !again {

@@ -338,9 +338,10 @@ impl Shard {
         self.io.arm()
     }
 
-    /// Whom to wake, and what to tell other shards.
-    pub(crate) fn take_effects(&mut self) -> (Vec<Waker>, Vec<(usize, Message)>) {
-        (core::mem::take(&mut self.wakers), core::mem::take(&mut self.io.outbox))
+    /// Whom to wake, and what to tell other shards; the shard goes on with the (empty) vectors it is given.
+    pub(crate) fn swap_effects(&mut self, wakers: &mut Vec<Waker>, messages: &mut Vec<(usize, Message)>) {
+        core::mem::swap(&mut self.wakers, wakers);
+        core::mem::swap(&mut self.io.outbox, messages);
     }
 
     /// Wakes `waker` at `at_ns`.

@@ -13,10 +13,10 @@ use crate::slab::Key;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use anykernel::socket::{NetError, Result, Shutdown};
+use anykernel::socket::NetError;
 use anykernel::timer::TimerKey;
 use core::net::SocketAddr;
-use core::task::{Context, Poll, Waker};
+use core::task::Waker;
 use smoltcp::socket::tcp::State;
 use smoltcp::time::Duration;
 
@@ -27,7 +27,7 @@ const CONNECT_NS: u64 = 30_000_000_000;
 /// A connection whose data or FIN is not acknowledged for this long is dead (RFC 9293, 3.8.3: R2, at least 100 s).
 const SILENCE_NS: u64 = 100_000_000_000;
 /// How long a closed connection waits for the peer's FIN.
-const ORPHAN_NS: u64 = 60_000_000_000;
+pub(super) const ORPHAN_NS: u64 = 60_000_000_000;
 /// With keep-alive, how many idle times without an answer end the connection.
 const KEEPALIVE_TRIES: u64 = 4;
 /// Acknowledgements are delayed this long (RFC 9293, 3.8.6.3 allows 500 ms), so that they travel with an answer...
@@ -47,34 +47,36 @@ struct Emitted {
 
 /// A connection.
 pub(crate) struct Flow {
-    tuple: Tuple,
+    pub(super) tuple: Tuple,
     hash: u64,
     hop: Hop,
     /// Gone when the connection is over and everything was read.
-    engine: Option<Box<Engine>>,
+    pub(super) engine: Option<Box<Engine>>,
     emitted: Emitted,
     /// Acknowledgement and window of the peer's last segment.
     said: (u32, u16),
     /// How many segments had been sent when TIME-WAIT began.
     before_time_wait: Option<u32>,
-    established: bool,
+    pub(super) established: bool,
     /// How many segments with data are still acknowledged at once.
     quick_acks: u8,
+    /// Bytes that the application read since the engine last looked whether to announce room.
+    pub(super) unannounced: usize,
     /// No handle is left.
-    orphan: bool,
-    orphan_deadline_ns: u64,
-    read_shut: bool,
-    aborted: bool,
-    error: Option<NetError>,
+    pub(super) orphan: bool,
+    pub(super) orphan_deadline_ns: u64,
+    pub(super) read_shut: bool,
+    pub(super) aborted: bool,
+    pub(super) error: Option<NetError>,
     accept: Option<Arc<Accept>>,
-    recv_waker: Option<Waker>,
-    send_waker: Option<Waker>,
+    pub(super) recv_waker: Option<Waker>,
+    pub(super) send_waker: Option<Waker>,
     timer: Option<(u64, TimerKey)>,
     queued: bool,
     /// When the peer was heard last, and since when it owes us an acknowledgement.
-    heard_ns: u64,
+    pub(super) heard_ns: u64,
     owed_since_ns: Option<u64>,
-    keepalive_ns: Option<u64>,
+    pub(super) keepalive_ns: Option<u64>,
 }
 
 /// The way out of a connection.
@@ -158,7 +160,7 @@ impl Flow {
         self.queued = false;
     }
 
-    fn state(&self) -> State {
+    pub(super) fn state(&self) -> State {
         self.engine.as_ref().map_or(State::Closed, |engine| engine.socket().state())
     }
 
@@ -186,7 +188,7 @@ impl Flow {
         [owed, idle, orphan].into_iter().flatten().min()
     }
 
-    fn end_error(&self) -> NetError {
+    pub(super) fn end_error(&self) -> NetError {
         self.error.unwrap_or(NetError::Closed)
     }
 }
@@ -210,6 +212,7 @@ impl Shard {
             before_time_wait: None,
             established: false,
             quick_acks: QUICK_ACKS,
+            unannounced: 0,
             orphan: false,
             orphan_deadline_ns: 0,
             read_shut: false,
@@ -231,33 +234,6 @@ impl Shard {
             return None;
         }
         Some(key)
-    }
-
-    /// Begins to connect. The caller picked the shard by the hash of both ends.
-    pub(crate) fn tcp_connect(&mut self, local: SocketAddr, remote: SocketAddr) -> Result<FlowId> {
-        let tuple = Tuple {
-            local: local.ip(),
-            remote: remote.ip(),
-            local_port: local.port(),
-            remote_port: remote.port(),
-        };
-        let hash = self.secret.tuple_hash((tuple.local, tuple.local_port), (tuple.remote, tuple.remote_port));
-        if self.demux.get(hash, &tuple).is_some() {
-            return Err(NetError::AddrInUse);
-        }
-        if self.flows.len() + self.half_open.len() >= self.limits.connections {
-            return Err(NetError::NoMemory);
-        }
-        let path = self.path_to(tuple.remote).ok_or(NetError::Unreachable)?;
-        let mut engine = Engine::new(&self.limits, path, self.now_ns).ok_or(NetError::NoMemory)?;
-        let seed = self.prf.next_u64();
-        engine.restart(tuple.local, seed, path, self.now_ns);
-        if !engine.connect(&tuple) {
-            return Err(NetError::Invalid);
-        }
-        let key = self.flow_insert(tuple, hash, engine, None).ok_or(NetError::NoMemory)?;
-        self.service(key);
-        Ok(FlowId { shard: self.id, key })
     }
 
     /// Marks a connection as having something to do.
@@ -494,7 +470,7 @@ impl Shard {
         self.service(key);
     }
 
-    fn flow_abort(&mut self, key: Key) {
+    pub(super) fn flow_abort(&mut self, key: Key) {
         if let Some(flow) = self.flows.get_mut(key) {
             flow.aborted = true;
             if let Some(engine) = &mut flow.engine {
@@ -569,155 +545,6 @@ impl Shard {
             self.flows.remove(key);
         }
         self.demux.remove(hash, &tuple, Target::Flow(key));
-    }
-
-    // What applications do. All of these look at the connection under the shard's lock.
-
-    pub(crate) fn tcp_poll_connected(&mut self, id: FlowId, cx: &mut Context<'_>) -> Poll<Result<()>> {
-        let Some(flow) = self.flows.get_mut(id.key) else { return Poll::Ready(Err(NetError::Closed)) };
-        if flow.established {
-            return Poll::Ready(Ok(()));
-        }
-        if flow.engine.is_none() || flow.state() == State::Closed {
-            return Poll::Ready(Err(flow.end_error()));
-        }
-        flow.send_waker = Some(cx.waker().clone());
-        Poll::Pending
-    }
-
-    pub(crate) fn tcp_poll_recv(
-        &mut self,
-        id: FlowId,
-        cx: &mut Context<'_>,
-        buf: &mut [u8],
-    ) -> Poll<Result<usize>> {
-        let Some(flow) = self.flows.get_mut(id.key) else { return Poll::Ready(Err(NetError::Closed)) };
-        if flow.read_shut {
-            return Poll::Ready(Ok(0));
-        }
-        let Some(engine) = flow.engine.as_mut() else {
-            return Poll::Ready(flow.error.map_or(Ok(0), Err));
-        };
-        let socket = engine.socket_mut();
-        if socket.can_recv() {
-            let n = socket.recv_slice(buf).unwrap_or(0);
-            // The window may have opened, and TIME-WAIT may have waited for this.
-            self.service(id.key);
-            return Poll::Ready(Ok(n));
-        }
-        if !matches!(socket.state(), State::SynSent | State::SynReceived) && !socket.may_recv() {
-            return Poll::Ready(flow.error.map_or(Ok(0), Err));
-        }
-        flow.recv_waker = Some(cx.waker().clone());
-        Poll::Pending
-    }
-
-    pub(crate) fn tcp_poll_send(
-        &mut self,
-        id: FlowId,
-        cx: &mut Context<'_>,
-        data: &[u8],
-    ) -> Poll<Result<usize>> {
-        let Some(flow) = self.flows.get_mut(id.key) else { return Poll::Ready(Err(NetError::Closed)) };
-        let Some(engine) = flow.engine.as_mut() else { return Poll::Ready(Err(flow.end_error())) };
-        let socket = engine.socket_mut();
-        match socket.state() {
-            State::SynSent | State::SynReceived => {}
-            _ if !socket.may_send() => return Poll::Ready(Err(flow.end_error())),
-            _ if data.is_empty() => return Poll::Ready(Ok(0)),
-            _ => match socket.send_slice(data) {
-                Ok(0) => {}
-                Ok(n) => {
-                    self.service(id.key);
-                    return Poll::Ready(Ok(n));
-                }
-                Err(_) => return Poll::Ready(Err(flow.end_error())),
-            },
-        }
-        flow.send_waker = Some(cx.waker().clone());
-        Poll::Pending
-    }
-
-    pub(crate) fn tcp_poll_flush(&mut self, id: FlowId, cx: &mut Context<'_>) -> Poll<Result<()>> {
-        let Some(flow) = self.flows.get_mut(id.key) else { return Poll::Ready(Err(NetError::Closed)) };
-        let Some(engine) = flow.engine.as_ref() else { return Poll::Ready(flow.error.map_or(Ok(()), Err)) };
-        let socket = engine.socket();
-        if socket.send_queue() == 0 {
-            return Poll::Ready(flow.error.map_or(Ok(()), Err));
-        }
-        if socket.state() == State::Closed {
-            return Poll::Ready(Err(flow.end_error()));
-        }
-        flow.send_waker = Some(cx.waker().clone());
-        Poll::Pending
-    }
-
-    pub(crate) fn tcp_shutdown(&mut self, id: FlowId, how: Shutdown) -> Result<()> {
-        let flow = self.flows.get_mut(id.key).ok_or(NetError::Closed)?;
-        let engine = flow.engine.as_mut().ok_or(NetError::NotConnected)?;
-        if how != Shutdown::Write {
-            flow.read_shut = true;
-            self.wakers.extend(flow.recv_waker.take());
-        }
-        if how != Shutdown::Read {
-            engine.socket_mut().close();
-            self.wakers.extend(flow.send_waker.take());
-        }
-        self.service(id.key);
-        Ok(())
-    }
-
-    pub(crate) fn tcp_abort(&mut self, id: FlowId) {
-        if let Some(flow) = self.flows.get_mut(id.key) {
-            flow.error = flow.error.or(Some(NetError::Closed));
-        }
-        self.flow_abort(id.key);
-        self.service(id.key);
-    }
-
-    /// The last handle is gone: FIN after queued data, or a reset if data was left unread (RFC 9293, 3.6.1).
-    pub(crate) fn tcp_drop(&mut self, id: FlowId) {
-        let deadline = self.now_ns + ORPHAN_NS;
-        let Some(flow) = self.flows.get_mut(id.key) else { return };
-        flow.orphan = true;
-        flow.orphan_deadline_ns = deadline;
-        flow.recv_waker = None;
-        flow.send_waker = None;
-        if let Some(engine) = &mut flow.engine {
-            let unread = engine.socket().recv_queue() > 0 && !flow.read_shut;
-            if unread {
-                flow.aborted = true;
-                engine.socket_mut().abort();
-            } else {
-                engine.socket_mut().close();
-            }
-        }
-        self.service(id.key);
-    }
-
-    pub(crate) fn tcp_set_nodelay(&mut self, id: FlowId, on: bool) -> Result<()> {
-        let flow = self.flows.get_mut(id.key).ok_or(NetError::Closed)?;
-        if let Some(engine) = &mut flow.engine {
-            engine.socket_mut().set_nagle_enabled(!on);
-        }
-        self.service(id.key);
-        Ok(())
-    }
-
-    pub(crate) fn tcp_set_keepalive(&mut self, id: FlowId, idle_ns: Option<u64>) -> Result<()> {
-        let flow = self.flows.get_mut(id.key).ok_or(NetError::Closed)?;
-        if idle_ns == Some(0) {
-            return Err(NetError::Invalid);
-        }
-        flow.keepalive_ns = idle_ns;
-        flow.heard_ns = self.now_ns;
-        if let Some(engine) = &mut flow.engine {
-            engine
-                .socket_mut()
-                .set_keep_alive(idle_ns.map(|idle| Duration::from_micros((idle / 1000).max(1))));
-        }
-        self.service(id.key);
-        Ok(())
     }
 
     /// Touches every connection whose local address is not ours any more, so that it ends.

@@ -1,5 +1,6 @@
 //! TCP (RFC 9293): the table of connections, listening ports, TIME-WAIT, and one smoltcp engine per connection.
 
+mod api;
 pub(crate) mod engine;
 pub(crate) mod flow;
 pub(crate) mod listen;

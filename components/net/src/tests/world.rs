@@ -217,7 +217,8 @@ impl World {
                 for shard in 0..self.nodes[node].shards.len() {
                     again |= self.nodes[node].shards[shard].poll(self.now_ns).again;
                     again |= self.nodes[node].shards[shard].arm();
-                    let (wakers, messages) = self.nodes[node].shards[shard].take_effects();
+                    let (mut wakers, mut messages) = (Vec::new(), Vec::new());
+                    self.nodes[node].shards[shard].swap_effects(&mut wakers, &mut messages);
                     for waker in wakers {
                         waker.wake();
                     }
