@@ -9,16 +9,19 @@ pub struct Counter(Arc<AtomicU64>);
 
 impl Counter {
     /// Adds one.
+    #[inline]
     pub fn increment(&self) {
         self.0.fetch_add(1, Relaxed);
     }
 
     /// Adds `n`.
+    #[inline]
     pub fn add(&self, n: u64) {
         self.0.fetch_add(n, Relaxed);
     }
 
     /// What it is now.
+    #[inline]
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }

@@ -27,11 +27,13 @@ impl Signal {
     }
 
     /// How often it was raised, modulo 2^32.
+    #[inline]
     pub fn count(&self) -> u32 {
         self.0.load(Ordering::Acquire)
     }
 
     /// Counts one up and wakes every waiter. Context: any, interrupt included. Never blocks.
+    #[inline]
     pub fn raise<H: Threads>(&self, host: &H) {
         self.0.fetch_add(1, Ordering::Release);
         host.unpark(&self.0, u32::MAX);
@@ -39,6 +41,7 @@ impl Signal {
 
     /// Sleeps until the count differs from `seen`, at the latest until `deadline_ns`. Says whether it differs.
     /// Context: thread.
+    #[inline]
     pub fn wait<H: Threads>(&self, host: &H, seen: u32, deadline_ns: Option<u64>) -> bool {
         loop {
             if self.count() != seen {

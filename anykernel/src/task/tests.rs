@@ -12,6 +12,8 @@ use std::sync::Mutex;
 use std::vec::Vec;
 
 const MS: u64 = 1_000_000;
+/// An interpreter takes its time.
+const ROUNDS: u32 = if cfg!(miri) { 20 } else { 2_000 };
 
 /// Runs `body` while `threads` threads run the executor, then stops and joins them.
 fn with_threads(threads: usize, body: impl FnOnce(TestHost, &Arc<Executor<TestHost>>)) {
@@ -78,7 +80,7 @@ fn loses_no_wake_from_other_threads() {
         let word = Arc::new((AtomicU32::new(0), Mutex::new(None::<Waker>)));
         let shared = word.clone();
         let task = executor.spawn_join(async move {
-            for turn in 0..2_000u32 {
+            for turn in 0..ROUNDS {
                 poll_fn(|cx| {
                     *shared.1.lock().unwrap() = Some(cx.waker().clone());
                     if shared.0.load(SeqCst) > turn { Poll::Ready(()) } else { Poll::Pending }
@@ -87,7 +89,7 @@ fn loses_no_wake_from_other_threads() {
             }
         });
         let waking = std::thread::spawn(move || {
-            for _ in 0..2_000 {
+            for _ in 0..ROUNDS {
                 word.0.fetch_add(1, SeqCst);
                 let waker = word.1.lock().unwrap().clone();
                 if let Some(waker) = waker {

@@ -1,8 +1,10 @@
 //! [`crate::Console`].
 
-use super::support::{MS, Stop, ensure, helper, wait_until};
+use super::support::{MS, STUCK_NS, Stop, ensure, helper, wait_until};
 use crate::Host;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
 /// As far as it shows without reading back: every call returns, also two at once.
 pub(super) fn returns<H: Host>(host: H) -> Result<(), Stop> {
@@ -32,11 +34,20 @@ pub(super) fn not_torn<H: Host>(host: H, read_back: &mut dyn FnMut() -> Vec<u8>)
     const LINES: usize = 50;
     let (one, two) = (b"conformance: one one one one\n", b"conformance: two two two two\n");
     let before = seen(read_back, one) + seen(read_back, two);
+    // Both begin at once.
+    let ready = Arc::new(AtomicU32::new(0));
+    let meet = move |ready: &AtomicU32| {
+        ready.fetch_add(1, SeqCst);
+        wait_until(host, STUCK_NS, || ready.load(SeqCst) == 2);
+    };
+    let its_ready = ready.clone();
     let thread = helper(host, None, move || {
+        meet(&its_ready);
         for _ in 0..LINES {
             host.console_write(one);
         }
     })?;
+    meet(&ready);
     for _ in 0..LINES {
         host.console_write(two);
     }

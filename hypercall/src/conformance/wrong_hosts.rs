@@ -76,6 +76,7 @@ struct Memo {
     frame: std::sync::Mutex<Option<Vec<u8>>>,
     writes: std::sync::Mutex<Vec<(u64, Vec<u8>)>>,
     irqs: std::sync::Mutex<Vec<Arc<Signal>>>,
+    threads: std::sync::Mutex<Vec<ThreadId>>,
 }
 
 #[derive(Clone, Copy)]
@@ -96,6 +97,7 @@ impl Wrong {
             frame: Default::default(),
             writes: Default::default(),
             irqs: Default::default(),
+            threads: Default::default(),
         };
         Self { host, fault, memo: Box::leak(Box::new(memo)) }
     }
@@ -195,16 +197,19 @@ impl Threads for Wrong {
             }
             _ => spec,
         };
-        self.host.spawn(spec, entry)
+        let thread = self.host.spawn(spec, entry)?;
+        self.memo.threads.lock().unwrap().push(thread);
+        Ok(thread)
     }
     fn join(&self, thread: ThreadId) -> Result<()> {
         match self.fault {
             Fault::JoinReturnsEarly if !TestHost::is_current(thread) => {
+                let mut started = self.memo.threads.lock().unwrap();
+                let index = started.iter().position(|one| *one == thread).ok_or(Error::NotFound)?;
+                started.swap_remove(index);
                 let host = self.host;
-                let (sender, receiver) = std::sync::mpsc::channel();
-                std::thread::spawn(move || sender.send(host.join(thread)));
-                // An error comes at once, the end of a thread does not.
-                receiver.recv_timeout(Duration::from_millis(5)).unwrap_or(Ok(()))
+                std::thread::spawn(move || host.join(thread));
+                Ok(())
             }
             Fault::JoinTwice => match self.host.join(thread) {
                 Err(Error::NotFound) if self.memo.word.swap(thread.0 as u32, SeqCst) == thread.0 as u32 => {
@@ -325,7 +330,7 @@ impl Console for Wrong {
         match self.fault {
             Fault::ConsoleTears => bytes.chunks(7).for_each(|part| {
                 self.host.console_write(part);
-                std::thread::yield_now();
+                std::thread::sleep(Duration::from_micros(100));
             }),
             Fault::ConsoleCuts => self.host.console_write(&bytes[..bytes.len().min(256)]),
             _ => self.host.console_write(bytes),
