@@ -47,7 +47,7 @@ pub(crate) fn start(info: &'static StartInfo) -> ! {
     let others = platform.cpus.into_iter().filter(|id| *id != boot_apic).collect();
     let starting = must("starting CPUs", smp::start(others));
     let idle = must("idle thread", thread::create_idle(0));
-    thread::scheduler::set_idle(idle);
+    cpu::this().scheduler.set_idle(idle);
     let main = move || {
         if let Some(starting) = starting {
             starting.finish();

@@ -10,7 +10,7 @@
 
 .section .boot.text, "ax"
 .code32
-.global pvh_entry, long_mode, boot_tables, boot_stack_top, boot_gdt_pointer
+.global pvh_entry, long_mode, boot_tables, boot_stack_guard, boot_stack_top, boot_gdt_pointer
 pvh_entry:
     cli
     cld
@@ -86,5 +86,7 @@ boot_gdt_pointer:
 .balign 4096
 boot_tables:
     .skip 16384
+boot_stack_guard:                       # not mapped once the final tables are in use
+    .skip 4096
     .skip 16384
 boot_stack_top:

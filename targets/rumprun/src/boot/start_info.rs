@@ -83,7 +83,7 @@ unsafe fn bytes<const N: usize>(at: u64) -> Result<[u8; N], &'static str> {
 /// `at` is what the PVH loader passed in ebx, and memory is as the loader left it.
 pub(crate) unsafe fn read(at: u64) -> Result<&'static StartInfo, &'static str> {
     let mut info = INFO.lock();
-    // SAFETY (all reads): the loader's structures, at the offsets that the protocol gives.
+    // SAFETY: the loader's structures, at the offsets that the protocol gives.
     let u32_at = |at| unsafe { bytes::<4>(at) }.map(u32::from_le_bytes);
     // SAFETY: as above.
     let u64_at = |at| unsafe { bytes::<8>(at) }.map(u64::from_le_bytes);

@@ -76,5 +76,6 @@ secondary_entry:
     lock xadd dword ptr [rip + {next}], edi
     mov rax, [rip + {stacks}]
     mov rsp, [rax + rdi * 8]
+    xor ebp, ebp
     call {main}
     ud2

@@ -2,7 +2,7 @@
 
 use super::{MAX_CPUS, PerCpu};
 use crate::interrupts::apic;
-use crate::memory::{frames, paging, stacks};
+use crate::memory::{frames, paging};
 use crate::{thread, time};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -59,7 +59,12 @@ pub(crate) fn start(mut apic_ids: Vec<u32>) -> Result<Option<Starting>> {
     for number in 1..=apic_ids.len() {
         let cpu: &'static PerCpu = Box::leak(Box::new(PerCpu::new()));
         super::prepare(number as u32, 0, cpu);
-        tops.push(stacks::allocate(stacks::IDLE_PAGES)?.top());
+        // A CPU begins as its idle thread.
+        let idle = thread::create_idle(number as u32)?;
+        cpu.set_current(idle);
+        cpu.scheduler.set_idle(idle);
+        // SAFETY: the thread was just made.
+        tops.push(unsafe { idle.as_ref() }.stack().top());
     }
     STACKS.store(tops.leak().as_ptr().addr(), Ordering::Release);
     let tables = paging::trampoline_tables(TRAMPOLINE)?;
@@ -131,14 +136,13 @@ extern "C" fn secondary_main(number: u32) -> ! {
     apic::enable();
     super::this().apic_id.set(apic::id());
     time::pvclock::enable_on_this_cpu();
-    let idle = ready.and_then(|()| thread::create_idle(number));
-    let Ok(idle) = idle else { super::regs::halt_forever() };
-    thread::scheduler::set_idle(idle);
+    if ready.is_err() {
+        super::regs::halt_forever();
+    }
     if CLOSED.load(Ordering::SeqCst) {
         super::regs::halt_forever();
     }
     ARRIVED.fetch_add(1, Ordering::SeqCst);
     thread::park::unpark(&ARRIVED, u32::MAX);
-    // SAFETY: the thread is fresh and this CPU's.
-    unsafe { thread::run_first(idle) }
+    thread::scheduler::idle()
 }

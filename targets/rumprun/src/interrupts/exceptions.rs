@@ -49,12 +49,13 @@ fn explain_page_fault(out: &mut impl Write, frame: &Frame, address: usize) {
     let _ = write!(out, "{access} {what}, {address:#x}");
 }
 
-/// Whether `address` is in the guard page of the running thread's stack.
+/// Whether `address` is in the guard page of the stack in use: the running thread's, or that of boot.
 fn overflowed(address: usize) -> bool {
-    crate::cpu::current_thread().is_some_and(|thread| {
+    match crate::cpu::current_thread() {
         // SAFETY: the running thread exists.
-        unsafe { thread.as_ref() }.stack().guards(address)
-    })
+        Some(thread) => unsafe { thread.as_ref() }.stack().guards(address),
+        None => address & !0xfff == crate::memory::boot_guard(),
+    }
 }
 
 pub(super) fn exception(frame: &Frame) -> ! {

@@ -41,6 +41,12 @@ unsafe extern "C" {
     static text_end: u8;
     static rodata_end: u8;
     static image_end: u8;
+    static boot_stack_guard: u8;
+}
+
+/// The page below the boot stack, which is not mapped.
+pub(crate) fn boot_guard() -> usize {
+    (&raw const boot_stack_guard).addr()
 }
 
 /// Virtual addresses of the image: start, end of text, end of constants, end of data.

@@ -150,9 +150,13 @@ pub(crate) unsafe fn init(info: &StartInfo, early: &mut EarlyFrames) {
     let [start, text_end, rodata_end, end] = super::image().map(|address| address as u64 - IMAGE_BASE);
     let symbols = crate::symbols::range();
     let mut build = || -> Result<()> {
-        for (start, end, flags) in
-            [(start, text_end, EXECUTE), (text_end, rodata_end, READ), (rodata_end, end, WRITE)]
-        {
+        let guard = super::boot_guard() as u64 - IMAGE_BASE;
+        for (start, end, flags) in [
+            (start, text_end, EXECUTE),
+            (text_end, rodata_end, READ),
+            (rodata_end, guard, WRITE),
+            (guard + 4096, end, WRITE),
+        ] {
             tables.map(Range { start, end }, IMAGE_BASE, flags, &mut take)?;
         }
         if symbols.start != 0 {

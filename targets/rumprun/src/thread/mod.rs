@@ -186,7 +186,7 @@ pub(crate) fn join(id: ThreadId) -> Result<()> {
 
 /// The thread that a CPU runs when there is nothing to do.
 pub(crate) fn create_idle(cpu: u32) -> Result<NonNull<Thread>> {
-    create("idle", cpu, true, stacks::IDLE_PAGES, Some(Box::new(scheduler::idle)))
+    create("idle", cpu, true, stacks::IDLE_PAGES, Some(Box::new(|| scheduler::idle())))
 }
 
 /// Goes over from the boot stack to a thread of this CPU, for good.

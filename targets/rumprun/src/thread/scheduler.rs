@@ -54,6 +54,11 @@ impl Local {
         }
     }
 
+    /// Gives the CPU its idle thread. Once, before it runs threads.
+    pub(crate) fn set_idle(&self, thread: NonNull<Thread>) {
+        self.idle.set(Some(thread));
+    }
+
     /// Takes a thread out of the queue; with `any_cpu`, only one that is not bound to this CPU.
     fn take(&self, any_cpu: bool) -> Option<NonNull<Thread>> {
         if self.waiting.load(Ordering::Relaxed) == 0 {
@@ -320,7 +325,7 @@ pub(super) unsafe fn after_switch(previous: *mut ()) {
 }
 
 /// What a CPU does when there is nothing to do.
-pub(super) fn idle() {
+pub(crate) fn idle() -> ! {
     let here = cpu::this();
     let me = 1 << here.id();
     loop {
@@ -357,9 +362,4 @@ fn stealable() -> bool {
             false
         })
     })
-}
-
-/// Gives this CPU its idle thread. Once, before it runs threads.
-pub(crate) fn set_idle(thread: NonNull<Thread>) {
-    cpu::this().scheduler.idle.set(Some(thread));
 }
