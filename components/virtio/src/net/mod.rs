@@ -44,7 +44,7 @@ impl Budget {
     fn new(memory_bytes: u64) -> Self {
         match memory_bytes >> 20 {
             0..24 => Self { ring: 64, receive_bytes: 2048, large: 2 },
-            24..96 => Self { ring: 128, receive_bytes: 2048, large: 8 },
+            24..48 => Self { ring: 128, receive_bytes: 2048, large: 8 },
             _ => Self { ring: 256, receive_bytes: 4096, large: 32 },
         }
     }

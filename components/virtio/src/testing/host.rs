@@ -125,7 +125,7 @@ impl TestMachine {
             interrupts: Mutex::default(),
             masked: Mutex::default(),
             cpus: AtomicU32::new(2),
-            memory_bytes: AtomicU64::new(64 << 20),
+            memory_bytes: AtomicU64::new(32 << 20),
             vectors: Mutex::new(64),
         };
         Self { host, inner: Box::leak(Box::new(inner)) }
