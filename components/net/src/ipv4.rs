@@ -56,7 +56,12 @@ impl Shard {
         if class == Class::Foreign || iface != LOOPBACK && ip.dst.is_loopback() {
             return self.io.counters.drop_not_ours.increment();
         }
+        // Answers to a link-local address leave by the interface that it is on.
+        if iface != LOOPBACK && matches!(ip.src, IpAddr::V6(src) if src.is_unicast_link_local()) {
+            self.scope = iface as u32 + 1;
+        }
         self.ip_in(iface, &ip, direct && class == Class::Ours, checksum_ok);
+        self.scope = 0;
     }
 
     /// A source that is a group, or ourselves coming from outside, is a lie (RFC 1122, 3.2.1.3).

@@ -6,7 +6,7 @@
 
 use crate::config::{Limits, Settings};
 use crate::counters::NetCounters;
-use crate::shard::{FlowId, Message, NicSetup, Shard, ShardSetup, UdpId};
+use crate::shard::{FlowId, Message, NicSetup, Shard, ShardSetup, UdpId, scope_of};
 use crate::slab::Key;
 use crate::tcp::listen::Accept;
 use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
@@ -164,7 +164,10 @@ impl<H: Host> Stack<H> {
             for waker in wakers.drain(..) {
                 waker.wake();
             }
-            if !again {
+            if again {
+                // Others want the lock, or this CPU, too.
+                self.host.yield_now();
+            } else {
                 cell.signal.wait(&self.host, seen, deadline);
             }
         }
@@ -312,13 +315,19 @@ impl<H: Host> SocketProvider for Provider<H> {
         };
         let (source, secret) = {
             let shard = stack.enter(0)?;
-            let hop = shard.routes.lookup(to.ip(), 0).ok_or(NetError::Unreachable)?;
+            let hop = shard.routes.lookup(to.ip(), scope_of(to)).ok_or(NetError::Unreachable)?;
             (shard.routes.source(to.ip(), hop).ok_or(NetError::AddrNotAvailable)?, shard.secret)
         };
-        for _ in 0..EPHEMERAL.len() {
+        let near = stack.host.current_cpu().0 as usize;
+        for tried in 0..EPHEMERAL.len() {
             let local = SocketAddr::new(source, stack.next_port());
             let hash = secret.tuple_hash((local.ip(), local.port()), (to.ip(), to.port()));
-            let mut shard = stack.enter(crate::shard::pick(hash, stack.cells.len()))?;
+            let index = crate::shard::pick(hash, stack.cells.len());
+            // The port decides the shard: one of this CPU's is worth a few tries.
+            if index != near && tried < 4 * stack.cells.len() {
+                continue;
+            }
+            let mut shard = stack.enter(index)?;
             if shard.listeners.find(source, local.port()).is_some() {
                 continue;
             }

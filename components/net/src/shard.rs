@@ -23,13 +23,13 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::nic::{NicInfo, NicQueue, TxMeta};
 use anykernel::timer::TimerQueue;
-use core::net::IpAddr;
+use core::net::{IpAddr, SocketAddr};
 use core::task::Waker;
 
 pub use crate::udp::UdpId;
 
 /// Frames taken from one queue at a time.
-const RX_BUDGET: usize = 128;
+const RX_BUDGET: usize = 64;
 /// Connections served and local packets taken in at a time.
 const WORK_BUDGET: usize = 256;
 
@@ -118,7 +118,7 @@ pub struct Shard {
     pub(crate) now_ns: u64,
     pub(crate) io: Io,
     pub(crate) routes: Arc<Routes>,
-    /// Interface of link-local destinations whose address does not say; 0: the first that fits.
+    /// Interface of link-local destinations in what is being done, counted from 1 as in RFC 4007; 0: the first.
     pub(crate) scope: u32,
     pub(crate) neighbors: Neighbors,
     pub(crate) timers: TimerQueue<Timer>,
@@ -140,6 +140,14 @@ pub struct Shard {
     /// Whom to wake when the shard's lock is given back.
     pub(crate) wakers: Vec<Waker>,
     configured_wakers: Vec<Waker>,
+}
+
+/// The interface that a socket address names, counted from 1; 0: none.
+pub(crate) fn scope_of(addr: SocketAddr) -> u32 {
+    match addr {
+        SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => v6.scope_id(),
+        _ => 0,
+    }
 }
 
 /// Picks one of `count` by a hash, without favouring any.

@@ -5,7 +5,7 @@ use crate::io::Layout;
 use crate::ipv4::{Outgoing, put_payload};
 use crate::packet::{Ip, be16, protocol, put};
 use crate::route::LOOPBACK;
-use crate::shard::Shard;
+use crate::shard::{Shard, scope_of};
 use crate::slab::{Key, Slab};
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
@@ -179,8 +179,7 @@ impl Shard {
 
     /// Sends a datagram from any address.
     pub(crate) fn udp_send_from(&mut self, local: SocketAddr, data: &[u8], to: SocketAddr) -> Result<()> {
-        let scope = if let SocketAddr::V6(v6) = to { v6.scope_id() } else { 0 };
-        let hop = self.routes.lookup(to.ip(), scope).ok_or(NetError::Unreachable)?;
+        let hop = self.routes.lookup(to.ip(), scope_of(to)).ok_or(NetError::Unreachable)?;
         let source = match local.ip() {
             ip if ip.is_unspecified() => {
                 self.routes.source(to.ip(), hop).ok_or(NetError::AddrNotAvailable)?

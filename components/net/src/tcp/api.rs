@@ -3,7 +3,7 @@
 use super::engine::Engine;
 use super::flow::ORPHAN_NS;
 use super::table::Tuple;
-use crate::shard::{FlowId, Shard};
+use crate::shard::{FlowId, Shard, scope_of};
 use anykernel::socket::{NetError, Result, Shutdown};
 use core::net::SocketAddr;
 use core::task::{Context, Poll};
@@ -13,6 +13,13 @@ use smoltcp::time::Duration;
 impl Shard {
     /// Begins to connect. The caller picked the shard by the hash of both ends.
     pub(crate) fn tcp_connect(&mut self, local: SocketAddr, remote: SocketAddr) -> Result<FlowId> {
+        self.scope = scope_of(remote);
+        let result = self.tcp_connect_scoped(local, remote);
+        self.scope = 0;
+        result
+    }
+
+    fn tcp_connect_scoped(&mut self, local: SocketAddr, remote: SocketAddr) -> Result<FlowId> {
         let tuple = Tuple {
             local: local.ip(),
             remote: remote.ip(),
