@@ -37,6 +37,11 @@ pub(crate) fn run(filter: Option<&str>) -> Result {
     }
     sh::run(&mut tests)?;
     if filter.is_none() {
+        timed("model checks");
+        // In a directory of its own: the flag is for all crates, and would have everything built again each time.
+        let mut models = cargo();
+        models.args(["test", "--release", "--package", "anykernel", "--test", "loom"]);
+        sh::run(models.args(["--target-dir", "target/loom"]).env("RUSTFLAGS", "--cfg loom"))?;
         timed("matrix");
         matrix::run(false, None)?;
     }
