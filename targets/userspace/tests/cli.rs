@@ -176,6 +176,82 @@ fn images_are_read_without_writing() {
     assert!(std::fs::read(SITE).unwrap() == before, "the image was written to");
 }
 
+fn tool(program: &str, args: &[&str]) -> Vec<u8> {
+    let output = std::process::Command::new(program).args(args).output();
+    let output = output.unwrap_or_else(|error| panic!("{program} is needed: {error}"));
+    assert!(output.status.success(), "{program} {args:?}: {output:?}");
+    output.stdout
+}
+
+#[test]
+fn copies_into_a_fat_image_and_back() {
+    let dir = Dir::new();
+    let image = dir.0.path().join("stick.img");
+    let image = image.to_str().unwrap();
+    tool("mkfs.fat", &["-C", image, "8192"]);
+    let site = std::path::Path::new(SITE).with_file_name("site");
+    anykernel().args(["cp", "-r"]).arg(&site).arg(format!("{image}:/a long name")).assert().success();
+    let note = dir.file("note.txt", b"hello");
+    anykernel().arg("cp").arg(&note).arg(format!("{image}:/")).assert().success();
+    // Over what is there, and shorter.
+    std::fs::write(&note, b"bye").unwrap();
+    anykernel().arg("cp").arg(&note).arg(format!("{image}:/")).assert().success();
+    tool("fsck.fat", &["-n", image]);
+    assert_eq!(tool("mtype", &["-i", image, "::/note.txt"]), b"bye");
+    let numbers = std::fs::read(site.join("docs/numbers.csv")).unwrap();
+    assert!(tool("mtype", &["-i", image, "::/a long name/docs/numbers.csv"]) == numbers);
+    let before = std::fs::read(image).unwrap();
+    let back = dir.0.path().join("back");
+    anykernel().args(["cp", "-r", &format!("{image}:/a long name")]).arg(&back).assert().success();
+    assert!(std::fs::read(back.join("docs/numbers.csv")).unwrap() == numbers);
+    anykernel().args(["ls", "-R", image]).assert().success().stdout(predicate::str::contains("numbers.csv"));
+    assert!(std::fs::read(image).unwrap() == before, "reading wrote to the image");
+    // More than fits.
+    let big = dir.file("big.bin", &vec![1; 10 << 20]);
+    fails_with(anykernel().arg("cp").arg(big).arg(format!("{image}:/")), 1, &["/big.bin", "no space"]);
+    tool("fsck.fat", &["-n", image]);
+}
+
+#[test]
+fn an_image_is_not_written_by_two() {
+    let dir = Dir::new();
+    let image = dir.0.path().join("stick.img");
+    tool("mkfs.fat", &["-C", image.to_str().unwrap(), "2048"]);
+    let held = std::fs::File::open(&image).unwrap();
+    held.lock().unwrap();
+    let place = format!("{}:/", image.display());
+    fails_with(anykernel().args(["ls", &place]), 1, &["being written", "wait"]);
+    held.unlock().unwrap();
+    held.lock_shared().unwrap();
+    anykernel().args(["ls", &place]).assert().success();
+    let note = dir.file("note.txt", b"x");
+    fails_with(anykernel().arg("cp").arg(note).arg(&place), 1, &["in use"]);
+}
+
+#[test]
+fn manifests_and_the_schema_are_shown() {
+    let output = anykernel().args(["manifest", "--json"]).assert().success().get_output().stdout.clone();
+    let lines = String::from_utf8(output).unwrap();
+    let names: Vec<_> = lines
+        .lines()
+        .map(|line| {
+            serde_json::from_str::<serde_json::Value>(line).unwrap()["component"]
+                .as_str()
+                .unwrap()
+                .to_string()
+        })
+        .collect();
+    for name in ["net", "vfs", "hostblk", "hostlink"] {
+        assert!(names.iter().any(|known| known == name), "{name} is not among {names:?}");
+    }
+    anykernel().args(["manifest", "net"]).assert().success().stdout(predicate::str::contains("core 1."));
+    fails_with(anykernel().args(["manifest", "vsf"]), 2, &["vsf", "did you mean vfs"]);
+    let schema = anykernel().arg("schema").assert().success().get_output().stdout.clone();
+    assert!(
+        serde_json::from_slice::<serde_json::Value>(&schema).unwrap()["properties"]["mounts"].is_object()
+    );
+}
+
 #[test]
 fn a_bad_configuration_is_a_usage_error() {
     let dir = Dir::new();

@@ -279,6 +279,57 @@ fn httpd_serves_every_file_of_an_ext4_image_and_ends_on_a_signal() {
     }
 }
 
+/// The status line's code and the body, however the connection ends.
+fn try_get(address: &str, path: &str) -> (Option<u16>, Vec<u8>) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    // A reset says that the transfer broke off.
+    let _ = stream.read_to_end(&mut answer);
+    let code = answer.get(9..12).and_then(|code| std::str::from_utf8(code).ok()?.parse().ok());
+    let end = answer.windows(4).position(|end| end == b"\r\n\r\n").map_or(answer.len(), |end| end + 4);
+    (code, answer.split_off(end))
+}
+
+#[test]
+fn an_image_that_is_cut_while_it_is_served_harms_only_what_was_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (files, image) = (dir.path().join("files"), dir.path().join("image.ext4"));
+    std::fs::create_dir(&files).unwrap();
+    let content = pattern(4 << 20, 99);
+    for name in ["a", "b", "c"] {
+        std::fs::write(files.join(name), &content).unwrap();
+    }
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-F", "-d"])
+        .arg(&files)
+        .arg(&image)
+        .arg("32M")
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let whole = std::fs::read(&image).unwrap();
+    let args = ["run", "httpd", "--json", "--disk", image.to_str().unwrap(), "--publish", "0:80"];
+    let (mut server, stdout) = Server::start(&args);
+    let mut events =
+        stdout.lines().map(|line| serde_json::from_str::<serde_json::Value>(&line.unwrap()).unwrap());
+    let published = events.find(|event| event["event"] == "publish").expect("a publish event");
+    let address = published["host"].as_str().unwrap();
+    assert!(get(address, "/a") == content);
+    let file = std::fs::File::options().write(true).open(&image).unwrap();
+    file.set_len(8192).unwrap();
+    let (code, body) = try_get(address, "/b");
+    assert!(code != Some(200) || body.len() < content.len(), "{code:?} and {} bytes of nothing", body.len());
+    // The server goes on, and so does the image when it is back.
+    assert!(try_get(address, "/nothing").0.is_some());
+    std::fs::write(&image, &whole).unwrap();
+    assert!(get(address, "/c") == content);
+    server.signal("INT");
+    assert_eq!(server.wait(), 0);
+    assert!(std::fs::read(&image).unwrap() == whole, "the image was written to");
+}
+
 #[test]
 fn trace_and_frames_are_recorded() {
     let dir = tempfile::tempdir().unwrap();

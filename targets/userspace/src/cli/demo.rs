@@ -20,8 +20,10 @@ static IMAGE: &[u8] = include_bytes!("../../demo/site.ext4");
 /// Ports that are tried without `--port`.
 const PORTS: std::ops::Range<u16> = 8080..8100;
 
-/// How long a guest may take until it answers.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long it may take until the server answers. Building and booting a guest takes longer than starting here.
+fn patience(on: On) -> Duration {
+    Duration::from_secs(if on == On::Userspace { 60 } else { 1800 })
+}
 
 /// Serve a small web site from an ext4 image that comes with this command
 #[derive(Args)]
@@ -89,7 +91,7 @@ impl Demo {
         };
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let greeter = scope.spawn(|| greet(port, self.once, &ended));
+            let greeter = scope.spawn(|| greet(port, self.once, patience(self.on), &ended));
             let outcome = runner::run(self.on.into(), &spec);
             ended.store(true, Ordering::SeqCst);
             let greeted = greeter.join().unwrap_or(false);
@@ -105,13 +107,13 @@ impl Demo {
 }
 
 /// Waits until the server answers, says where, and with `once` ends the run. Says whether it answered.
-fn greet(port: u16, once: bool, ended: &AtomicBool) -> bool {
+fn greet(port: u16, once: bool, patience: Duration, ended: &AtomicBool) -> bool {
     let start = Instant::now();
     let page = loop {
         if let Some(page) = fetch(port) {
             break Some(page);
         }
-        if ended.load(Ordering::SeqCst) || interrupt::interrupted() || start.elapsed() > PATIENCE {
+        if ended.load(Ordering::SeqCst) || interrupt::interrupted() || start.elapsed() > patience {
             break None;
         }
         std::thread::sleep(Duration::from_millis(20));
