@@ -46,12 +46,12 @@ fn mtools_shapes() -> impl Iterator<Item = Shape> {
     SHAPES.into_iter().take(6)
 }
 
-/// A directory of our own under the system's for such things, removed in the end.
+/// A directory that goes away again; in memory where that exists, because images are large.
 struct Scratch(tempfile::TempDir);
 
 impl Scratch {
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self(tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap())
     }
     fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
