@@ -6,12 +6,11 @@ use super::entry::{DELETED, Entry, Found, Parser, SLOT, Seen};
 use super::meta::Meta;
 use super::name;
 use super::volume::{Volume, parse_slots};
-use alloc::collections::BTreeMap;
 use alloc::vec;
 use alloc::vec::Vec;
 use anykernel::fs::{FsError, Result};
 use anykernel::sync::RwLock;
-use core::sync::atomic::AtomicU64;
+use core::sync::atomic::{AtomicU64, AtomicUsize};
 use hypercall::Host;
 
 /// Most slots of a directory (fatgen103: 2 MiB); what is beyond is not looked at.
@@ -25,6 +24,8 @@ pub(super) struct Dir<H: Host> {
     pub(super) start: u32,
     /// Byte offset of its entry on the device; 0: the root.
     pub(super) place: AtomicU64,
+    /// What the index took when it was made, in bytes.
+    pub(super) index_bytes: AtomicUsize,
     pub(super) state: RwLock<H, DirState>,
 }
 
@@ -40,64 +41,91 @@ pub(super) struct DirState {
     index: Option<Index>,
 }
 
-/// What is in a directory, by name.
+/// What is in a directory, by name. Sorted lists, because growing them can be refused when memory is short.
 #[derive(Default)]
 struct Index {
-    /// By the hash of a name (long and short) and the slot of its entry: the first slot of that entry.
-    names: BTreeMap<(u64, u32), u32>,
+    /// Both names (long and short) of each entry.
+    names: Vec<Name>,
     /// Free slots before `end`: first slot and how many.
-    holes: BTreeMap<u32, u32>,
+    holes: Vec<(u32, u32)>,
     /// All slots from here on are free.
     end: u32,
     /// Entries.
     count: u32,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Name {
+    hash: u64,
+    slot: u32,
+    first_slot: u32,
+}
+
 impl Index {
-    fn hashes(found: &Found) -> [u64; 2] {
-        [name::hash(&found.name), name::hash(&name::show_short(&found.entry.short(), 0))]
+    fn names_of(found: &Found) -> [Name; 2] {
+        [name::hash(&found.name), name::hash(&name::show_short(&found.entry.short(), 0))].map(|hash| Name {
+            hash,
+            slot: found.slot,
+            first_slot: found.first_slot,
+        })
+    }
+
+    /// Makes room for one more entry and one more hole, so that `add` and `remove` cannot fail.
+    fn reserve(&mut self) -> Result<()> {
+        self.names.try_reserve(2).map_err(|_| FsError::NoMemory)?;
+        self.holes.try_reserve(2).map_err(|_| FsError::NoMemory)
     }
 
     fn add(&mut self, found: &Found) {
-        for hash in Self::hashes(found) {
-            self.names.insert((hash, found.slot), found.first_slot);
+        for name in Self::names_of(found) {
+            if let Err(at) = self.names.binary_search(&name) {
+                self.names.insert(at, name);
+            }
         }
         self.count += 1;
     }
 
     fn remove(&mut self, found: &Found) {
-        for hash in Self::hashes(found) {
-            self.names.remove(&(hash, found.slot));
+        for name in Self::names_of(found) {
+            if let Ok(at) = self.names.binary_search(&name) {
+                self.names.remove(at);
+            }
         }
         self.count = self.count.saturating_sub(1);
         self.add_hole(found.first_slot, found.slot + 1 - found.first_slot);
     }
 
+    /// The entries whose name may be one with this hash.
+    fn candidates(&self, hash: u64) -> impl Iterator<Item = Name> + '_ {
+        let from = self.names.partition_point(|name| name.hash < hash);
+        self.names.iter().skip(from).take_while(move |name| name.hash == hash).copied()
+    }
+
     fn add_hole(&mut self, first: u32, len: u32) {
-        let (mut first, mut len) = (first, len);
-        if let Some(after) = self.holes.remove(&(first + len)) {
-            len += after;
+        let at = self.holes.partition_point(|(other, _)| *other < first);
+        let after = self.holes.get(at).copied().filter(|(other, _)| *other == first + len);
+        let len = len + after.map_or(0, |(_, len)| len);
+        if after.is_some() {
+            self.holes.remove(at);
         }
-        if let Some((before, before_len)) = self.holes.range(..first).next_back()
-            && before + before_len == first
-        {
-            len += before_len;
-            first = *before;
+        match at.checked_sub(1).and_then(|before| self.holes.get_mut(before)) {
+            Some((before, before_len)) if *before + *before_len == first => *before_len += len,
+            _ => self.holes.insert(at, (first, len)),
         }
-        self.holes.insert(first, len);
     }
 
     /// The first place with `len` free slots; it may reach beyond `end`.
     fn place_for(&self, len: u32) -> u32 {
-        let fits = self.holes.iter().find(|(first, hole)| **hole >= len || **first + **hole == self.end);
+        let fits = self.holes.iter().find(|(first, hole)| *hole >= len || *first + *hole == self.end);
         fits.map_or(self.end, |(first, _)| *first)
     }
 
     fn take(&mut self, first: u32, len: u32) {
-        if let Some(hole) = self.holes.remove(&first)
-            && hole > len
-        {
-            self.holes.insert(first + len, hole - len);
+        if let Ok(at) = self.holes.binary_search_by_key(&first, |(first, _)| *first) {
+            let (_, hole) = self.holes.remove(at);
+            if hole > len {
+                self.holes.insert(at, (first + len, hole - len));
+            }
         }
         self.end = self.end.max(first + len);
     }
@@ -117,7 +145,12 @@ impl<H: Host> Dir<H> {
             }
         };
         let state = DirState { area, dead: false, index: None };
-        Ok(Self { start, place: AtomicU64::new(place), state: RwLock::new(volume.host, state) })
+        Ok(Self {
+            start,
+            place: AtomicU64::new(place),
+            index_bytes: AtomicUsize::new(0),
+            state: RwLock::new(volume.host, state),
+        })
     }
 }
 
@@ -192,6 +225,14 @@ impl DirState {
         Ok(())
     }
 
+    /// Bytes that the index takes.
+    pub(super) fn index_bytes(&self) -> usize {
+        let bytes = |index: &Index| {
+            index.names.capacity() * size_of::<Name>() + index.holes.capacity() * size_of::<(u32, u32)>()
+        };
+        self.index.as_ref().map_or(0, bytes)
+    }
+
     /// Whether the index is there; [`DirState::build_index`] makes it.
     pub(super) fn is_indexed(&self) -> bool {
         self.index.is_some()
@@ -202,15 +243,25 @@ impl DirState {
             return Ok(());
         }
         let mut index = Index { end: self.capacity(volume), ..Index::default() };
+        let mut room = Ok(());
         self.scan(volume, meta, 0, &mut |slot, seen| {
+            room = index.reserve();
             match seen {
-                Seen::Entry(found) => index.add(&found),
+                _ if room.is_err() => {}
+                Seen::Entry(found) => {
+                    // Put in order at the end.
+                    index.names.extend(Index::names_of(&found));
+                    index.count += 1;
+                }
                 Seen::Free => index.add_hole(slot, 1),
                 Seen::End => index.end = slot,
                 Seen::Part | Seen::Label(_) => {}
             }
-            true
+            room.is_ok()
         })?;
+        room?;
+        index.names.sort_unstable();
+        index.names.dedup();
         self.index = Some(index);
         Ok(())
     }
@@ -229,9 +280,8 @@ impl DirState {
 
     /// The entry called `name`, in capitals or not, by its long or its short name.
     pub(super) fn find<H: Host>(&self, volume: &Volume<H>, meta: &Meta, name: &str) -> Result<Option<Found>> {
-        let hash = name::hash(name);
-        for ((_, slot), first) in self.index()?.names.range((hash, 0)..=(hash, u32::MAX)) {
-            let found = self.read(volume, meta, *first, *slot)?;
+        for candidate in self.index()?.candidates(name::hash(name)) {
+            let found = self.read(volume, meta, candidate.first_slot, candidate.slot)?;
             if let Some(found) = found
                 && (name::same(&found.name, name)
                     || name::same(&name::show_short(&found.entry.short(), 0), name))
@@ -264,6 +314,7 @@ impl DirState {
         slots: &[[u8; SLOT]],
     ) -> Result<Found> {
         let len = slots.len() as u32;
+        self.index_mut()?.reserve()?;
         let first = self.index()?.place_for(len);
         let end = first + len;
         while self.capacity(volume) < end {
@@ -304,6 +355,7 @@ impl DirState {
         meta: &mut Meta,
         found: &Found,
     ) -> Result<()> {
+        self.index_mut()?.reserve()?;
         for slot in found.first_slot..=found.slot {
             volume.write_meta(meta, self.place(volume, slot)?, &[DELETED])?;
         }

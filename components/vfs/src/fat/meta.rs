@@ -25,9 +25,7 @@ use hypercall::Host;
 
 /// Changed directories are kept in pieces of this many bytes: the smallest that a disk writes whole.
 const SECTOR: usize = 512;
-/// More changed sectors than this, and they are written.
-const MANY_SECTORS: usize = 2048;
-/// More postponed links than this, likewise.
+/// More postponed links than this, and they are written.
 const MANY_LINKS: usize = 4096;
 
 /// The state of a volume that is not on the disk yet.
@@ -172,7 +170,7 @@ impl<H: Host> Volume<H> {
 
     /// Writes what waits, if that has become much. Called at the end of each operation.
     pub(super) fn relieve(&self, meta: &mut Meta) {
-        if (meta.sectors.len() > MANY_SECTORS || meta.links.len() > MANY_LINKS)
+        if (meta.sectors.len() > self.many_sectors || meta.links.len() > MANY_LINKS)
             && let Err(error) = self.commit(meta)
         {
             // Everything is kept; sync tries again and tells.

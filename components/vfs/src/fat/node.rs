@@ -11,7 +11,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::fs::{DirEntry, FileKind, FsError, Inode, Metadata, Result, Timestamp};
 use anykernel::sync::RwLockReadGuard;
-use core::sync::atomic::Ordering::{Acquire, Release};
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use hypercall::Host;
 
 /// The inode number of the root; all others are the place of their entry in units of 32 bytes, and so above it.
@@ -108,15 +108,18 @@ impl<H: Host> Node<H> {
                 return Ok(state);
             }
             drop(state);
-            self.prepare(&mut dir.state.write())?;
+            self.prepare(dir, &mut dir.state.write())?;
         }
     }
 
-    fn prepare(&self, state: &mut DirState) -> Result<()> {
+    /// Sees to it that the index is there. [`FsError::NotFound`] if the directory was removed.
+    fn prepare(&self, dir: &Dir<H>, state: &mut DirState) -> Result<()> {
         if state.dead {
             return Err(FsError::NotFound);
         }
-        state.build_index(&self.volume, &self.volume.meta.read())
+        state.build_index(&self.volume, &self.volume.meta.read())?;
+        dir.index_bytes.store(state.index_bytes(), Relaxed);
+        Ok(())
     }
 
     fn node(&self, found: &Found, place: u64) -> Result<Self> {
@@ -146,7 +149,7 @@ impl<H: Host> Node<H> {
         let volume = &self.volume;
         let _namespace = volume.namespace.lock();
         let mut state = dir.state.write();
-        self.prepare(&mut state)?;
+        self.prepare(dir, &mut state)?;
         let mut meta = volume.meta.write();
         if state.find(volume, &meta, name)?.is_some() {
             return Err(FsError::Exists);
@@ -188,7 +191,7 @@ impl<H: Host> Node<H> {
         let volume = &self.volume;
         let _namespace = volume.namespace.lock();
         let mut state = dir.state.write();
-        self.prepare(&mut state)?;
+        self.prepare(dir, &mut state)?;
         let found = state.find(volume, &volume.meta.read(), name)?.ok_or(FsError::NotFound)?;
         let place = state.place(volume, found.slot)?;
         let delete = |state: &mut DirState, extents: Vec<_>| {
@@ -206,7 +209,7 @@ impl<H: Host> Node<H> {
                 return Err(FsError::Corrupt);
             }
             let mut child_state = child.state.write();
-            self.prepare(&mut child_state)?;
+            self.prepare(&child, &mut child_state)?;
             if !child_state.is_empty()? {
                 return Err(FsError::NotEmpty);
             }
@@ -265,13 +268,13 @@ impl<H: Host> Node<H> {
         let volume = &self.volume;
         let _namespace = volume.namespace.lock();
         let mut from_state = from.state.write();
-        self.prepare(&mut from_state)?;
+        self.prepare(from, &mut from_state)?;
         let mut to_state = match core::ptr::eq(from, to) {
             true => None,
             false => Some(to.state.write()),
         };
         if let Some(state) = to_state.as_deref_mut() {
-            self.prepare(state)?;
+            self.prepare(to, state)?;
         }
         let mut pair = Pair { from: &mut from_state, to: to_state.as_deref_mut() };
 
@@ -325,7 +328,7 @@ impl<H: Host> Node<H> {
             return Err(FsError::NotEmpty);
         }
         let mut victim_state = victim.state.write();
-        self.prepare(&mut victim_state)?;
+        self.prepare(&victim, &mut victim_state)?;
         if !victim_state.is_empty()? {
             return Err(FsError::NotEmpty);
         }

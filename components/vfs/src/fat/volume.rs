@@ -20,7 +20,7 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use anykernel::fs::{FsError, Result};
 use anykernel::sync::{Mutex, RwLock};
-use core::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Release};
+use core::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use hypercall::Host;
 
 /// So many directories are remembered although nobody uses them.
@@ -31,6 +31,10 @@ pub(super) struct Volume<H: Host> {
     pub(super) host: H,
     pub(super) table: Table<H>,
     pub(super) read_only: bool,
+    /// More bytes of indexes than this, and those of idle directories go.
+    index_limit: usize,
+    /// More changed sectors of directories than this, and they are written.
+    pub(super) many_sectors: usize,
     /// The disk says that we are at it.
     pub(super) dirty: AtomicBool,
     pub(super) namespace: Mutex<H, ()>,
@@ -76,10 +80,13 @@ impl<H: Host> Volume<H> {
         {
             return Err(FsError::Corrupt);
         }
+        let memory = usize::try_from(host.memory_bytes()).unwrap_or(usize::MAX);
         Ok(Arc::new(Self {
             host,
             table,
             read_only,
+            index_limit: memory / 32,
+            many_sectors: (memory / 64 / 512).clamp(64, 2048),
             dirty: AtomicBool::new(false),
             namespace: Mutex::new(host, ()),
             meta: RwLock::new(host, meta),
@@ -110,7 +117,8 @@ impl<H: Host> Volume<H> {
             let same = dir.place.load(Acquire) == place;
             return if same { Ok(dir.clone()) } else { Err(FsError::Corrupt) };
         }
-        if dirs.len() > IDLE_DIRS {
+        let indexed: usize = dirs.values().map(|dir| dir.index_bytes.load(Relaxed)).sum();
+        if dirs.len() > IDLE_DIRS || indexed > self.index_limit {
             dirs.retain(|_, dir| Arc::strong_count(dir) > 1);
         }
         let dir = Arc::new(Dir::open(self, start, place)?);
