@@ -26,6 +26,8 @@ pub(crate) struct MemoryDisk {
 struct State {
     content: Vec<u8>,
     durable: Vec<u8>,
+    /// Where the two differ.
+    unflushed: Vec<core::ops::Range<usize>>,
     queue: VecDeque<Request>,
 }
 
@@ -51,7 +53,8 @@ impl MemoryDisk {
         if info.sectors == 0 {
             info.sectors = content.len() as u64 / u64::from(info.sector_size);
         }
-        let state = State { durable: content.clone(), content, queue: VecDeque::new() };
+        let state =
+            State { durable: content.clone(), content, unflushed: Vec::new(), queue: VecDeque::new() };
         Arc::new(Self {
             info,
             state: Mutex::new(state),
@@ -102,6 +105,7 @@ impl MemoryDisk {
                 }
                 for buffer in &request.buffers {
                     state.content[at..at + buffer.len()].copy_from_slice(buffer);
+                    state.unflushed.push(at..at + buffer.len());
                     at += buffer.len();
                 }
             }
@@ -110,7 +114,9 @@ impl MemoryDisk {
                 if self.fail_flushes.load(Ordering::Relaxed) {
                     return Err(BlockError::Io);
                 }
-                state.durable = state.content.clone();
+                for range in core::mem::take(&mut state.unflushed) {
+                    state.durable[range.clone()].copy_from_slice(&state.content[range]);
+                }
             }
         }
         Ok(())
