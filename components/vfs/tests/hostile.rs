@@ -126,7 +126,7 @@ fn use_image(image: Vec<u8>) -> usize {
     let kernel = Kernel::new(host, Config::default());
     let limits = CacheLimits { bytes: CACHE_BYTES, read_ahead_bytes: 64 << 10 };
     let kind = Ext4::new(&kernel, BlockCache::new(host, limits, CacheCounters::default()));
-    let device = common::Image::new(image);
+    let device = common::Image::device(image);
     let _ = kind.probe(&device);
     let mut names = 0;
     match kind.mount(Some(device.clone()), true) {

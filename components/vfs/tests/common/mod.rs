@@ -15,7 +15,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    pub(crate) fn new(content: Vec<u8>) -> Arc<dyn BlockDevice> {
+    pub(crate) fn device(content: Vec<u8>) -> Arc<dyn BlockDevice> {
         let info = BlockInfo {
             name: "disk0".into(),
             sector_size: 512,
