@@ -402,7 +402,7 @@ fn what_we_send_is_read_by_another_implementation() {
 }
 
 /// Corrects the checksums of a frame as far as it has any, so that mutations reach deeper.
-fn repair(frame: &mut [u8]) {
+pub(crate) fn repair(frame: &mut [u8]) {
     if frame.len() < 34 || frame[12..14] != [8, 0] {
         return;
     }
@@ -428,7 +428,7 @@ fn repair(frame: &mut [u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     /// Whatever comes by the wire: no panic, no endless work, and the stack goes on working.
     #[test]

@@ -68,7 +68,7 @@ fn survives_loss_duplication_and_reordering() {
             world.random();
         }
         let (client, server) = world.pair();
-        world.link = Link { delay_ns: MS, lost: 10_000, duplicated: 10_000, late: 20_000 };
+        world.link = Link { delay_ns: MS, lost: 10_000, duplicated: 10_000, late: 20_000, forged: 0 };
         world.transfer((0, client), (1, server), 1 << 20, 600 * SECOND);
         world.transfer((1, server), (0, client), 1 << 20, 600 * SECOND);
     }
@@ -304,4 +304,43 @@ fn the_limit_of_connections_holds() {
     let up = clients.iter().filter(|flow| world.connected(0, **flow) == Some(Ok(()))).count();
     assert_eq!(up, 3);
     assert!(world.nodes[1].counters.drop_no_memory.get() > 0);
+}
+
+#[test]
+fn somebody_in_the_middle_forges_segments() {
+    let (mut bytes, mut resets) = (0usize, 0);
+    for seed in 1..=300u64 {
+        let mut world = two();
+        for _ in 0..seed * 3 {
+            world.random();
+        }
+        let (client, server) = world.pair();
+        world.link.forged = 100_000;
+        world.link.late = 100_000;
+        // Whatever becomes of the data: nobody panics, everybody comes to rest, and the end is an end.
+        world.run(30 * SECOND, |world| {
+            for (node, flow) in [(0, client), (1, server)] {
+                while let Some(Ok(_)) = world.send(node, flow, &[node as u8; 4000]) {}
+                while let Some(Ok(data)) = world.recv(node, flow) {
+                    bytes += data.len();
+                    if data.is_empty() {
+                        break;
+                    }
+                }
+            }
+            bytes > 2_000_000 * seed as usize
+        });
+        world.shard(0, client).tcp_shutdown(client, Shutdown::Both).ok();
+        world.pass(SECOND);
+        for (node, flow) in [(0, client), (1, server)] {
+            resets += usize::from(matches!(world.recv(node, flow), Some(Err(_))));
+            world.shard(node, flow).tcp_drop(flow);
+        }
+        world.pass(400 * SECOND);
+        for node in &world.nodes {
+            assert_eq!(node.shards[0].flows.len(), 0, "seed {seed}");
+        }
+    }
+    assert!(bytes > 10_000_000, "{bytes} bytes got through");
+    assert!(resets > 0);
 }

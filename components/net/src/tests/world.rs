@@ -107,6 +107,8 @@ pub(crate) struct Link {
     pub(crate) lost: u64,
     pub(crate) duplicated: u64,
     pub(crate) late: u64,
+    /// A byte of the headers is changed and the checksums are made right again.
+    pub(crate) forged: u64,
 }
 
 /// All stacks and the link between them.
@@ -126,7 +128,7 @@ impl World {
         let mut world = Self {
             now_ns: SECOND,
             nodes: Vec::new(),
-            link: Link { delay_ns: 100_000, lost: 0, duplicated: 0, late: 0 },
+            link: Link { delay_ns: 100_000, lost: 0, duplicated: 0, late: 0, forged: 0 },
             frames: 0,
             trace: None,
             flying: BTreeMap::new(),
@@ -184,6 +186,12 @@ impl World {
                     let for_it = frame[0] & 1 == 1 || frame[..6] == self.nodes[to].mac;
                     if !for_it || self.random() % 1_000_000 < self.link.lost {
                         continue;
+                    }
+                    let mut frame = frame.clone();
+                    if self.random() % 1_000_000 < self.link.forged {
+                        let at = 12 + self.random() as usize % 54.min(frame.len() - 12);
+                        frame[at] = self.random() as u8;
+                        super::ip::repair(&mut frame);
                     }
                     let copies = 1 + u64::from(self.random() % 1_000_000 < self.link.duplicated);
                     for _ in 0..copies {
