@@ -71,6 +71,14 @@ struct Slot {
     model: Arc<Mutex<dyn Model>>,
 }
 
+impl Slot {
+    fn line(&self) -> u32 {
+        match self.front {
+            Front::Mmio { line } | Front::Pci { line, .. } => line,
+        }
+    }
+}
+
 struct Interrupt {
     source: IrqSource,
     signal: Arc<Signal>,
@@ -489,6 +497,9 @@ impl Mmio for TestMachine {
         }
     }
     fn mmio_map(&self, at: PhysAddr, len: usize) -> Result<MmioRegion> {
+        if len == 0 {
+            return Err(Error::Invalid);
+        }
         let slots = self.inner.slots.lock();
         let inside = slots.iter().any(|slot| {
             at.0 >= slot.base
@@ -580,6 +591,11 @@ impl Irq for TestMachine {
                 return Err(Error::NoMemory);
             }
         }
+        if let IrqSource::Line(line) = source
+            && !self.inner.slots.lock().iter().any(|slot| slot.line() == line)
+        {
+            return Err(Error::NotFound);
+        }
         let mut interrupts = self.inner.interrupts.lock();
         if interrupts.iter().flatten().any(|interrupt| interrupt.source == source) {
             return Err(Error::Busy);
@@ -596,10 +612,7 @@ impl Irq for TestMachine {
         self.inner.masked.lock().remove(&line);
         let slots = self.inner.slots.lock().clone();
         for slot in slots {
-            let of_slot = match slot.front {
-                Front::Mmio { line } | Front::Pci { line, .. } => line,
-            };
-            if of_slot == line {
+            if slot.line() == line {
                 let level = slot.core.lock().isr != 0;
                 self.deliver_line(line, level);
             }

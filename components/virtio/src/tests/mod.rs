@@ -3,6 +3,7 @@
 
 mod blk;
 mod hostile;
+mod machine;
 mod net;
 mod probe;
 mod ring;
