@@ -18,7 +18,9 @@ struct State {
     /// A waker of every task that is not finished, to reach those that wait when the executor stops.
     active: Slab<Waker>,
     timers: TimerQueue<Waker>,
-    /// Threads that found nothing to do and park, or are about to.
+    /// Threads in [`Executor::run`].
+    threads: u32,
+    /// Those of them that found nothing to do and park, or are about to.
     sleepers: u32,
     /// How many of them were told to look again and have not done so yet.
     notified: u32,
@@ -61,6 +63,7 @@ impl<H: Host> Executor<H> {
             ready: VecDeque::new(),
             active: Slab::new(),
             timers: TimerQueue::default(),
+            threads: 0,
             sleepers: 0,
             notified: 0,
             stopping: false,
@@ -130,8 +133,8 @@ impl<H: Host> Executor<H> {
         }
     }
 
-    /// Ready at `deadline_ns` of [`hypercall::Clock::monotonic_ns`]. Only while some thread runs this executor; the
-    /// future itself may be polled anywhere.
+    /// Ready at `deadline_ns` of [`hypercall::Clock::monotonic_ns`], or later by as long as a task runs without giving
+    /// way. Only while some thread runs this executor; the future itself may be polled anywhere.
     pub fn sleep_until(&self, deadline_ns: u64) -> Sleep<'_, H> {
         Sleep { executor: self, deadline_ns, armed: None }
     }
@@ -164,9 +167,11 @@ impl<H: Host> Executor<H> {
     /// Runs tasks on this thread until [`Executor::stop`]. Any number of threads may. Context: thread. Blocks.
     pub fn run(&self) {
         let mut due = Vec::new();
+        self.state.lock().threads += 1;
         loop {
             let mut state = self.state.lock();
             if state.stopping {
+                state.threads -= 1;
                 drop(state);
                 return self.drop_tasks();
             }
@@ -263,8 +268,9 @@ impl<H: Host> Future for Sleep<'_, H> {
         } else {
             let earliest = state.timers.next_deadline_ns().is_none_or(|next| self.deadline_ns < next);
             self.armed = Some(state.timers.insert(self.deadline_ns, cx.waker().clone()));
-            // A thread that sleeps towards a later deadline must look again.
-            if earliest {
+            // If all threads sleep towards later deadlines, one must look again. One that does not sleep looks before it
+            // does; to wake another for it would cost a hypercall for every timer of an otherwise idle executor.
+            if earliest && state.sleepers == state.threads {
                 executor.notify(state);
             }
         }

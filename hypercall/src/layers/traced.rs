@@ -20,7 +20,7 @@ pub struct TraceEvent {
     pub arguments: [u64; 2],
 }
 
-/// Takes events. A `Copy` handle, as hosts are: usually a reference to a [`TraceRing`].
+/// Takes events. A `Copy` handle, as hosts are: usually a reference to a [`super::TraceRing`].
 pub trait TraceSink: Copy + Send + Sync + 'static {
     /// Takes one. Called on the thread, or in the interrupt, that made the hypercall, many at once. Must neither block
     /// nor make hypercalls through the traced host.
