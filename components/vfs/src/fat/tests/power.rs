@@ -209,3 +209,118 @@ proptest! {
         check(Shape { width: "32", bytes: 4 << 20, cluster: "1", more: &[] }, &ops, &cuts);
     }
 }
+
+/// Does `change` and a sync, cuts power at every event of that, and shows what is found then to `judge`.
+fn at_every_cut(
+    prepare: impl FnOnce(&Arc<dyn Inode>),
+    change: impl FnOnce(&Arc<dyn Inode>),
+    judge: impl Fn(&Tree),
+) {
+    let start = make(SHAPES[0]);
+    let recorder = Recorder::new(start.clone());
+    let device: Arc<dyn BlockDevice> = recorder.clone();
+    let fs = remount(&device);
+    let root = fs.root().unwrap();
+    prepare(&root);
+    fs.sync().unwrap();
+    let first = recorder.events();
+    change(&root);
+    fs.sync().unwrap();
+    for at in first..=recorder.events() {
+        for seed in 0..8 {
+            let content = recorder.cut(&start, at, seed * 31 + at as u64);
+            assert_harmless(&content);
+            let device: Arc<dyn BlockDevice> = MemoryDisk::new(content);
+            judge(&read_tree(&remount(&device).root().unwrap()));
+        }
+    }
+}
+
+fn put(dir: &Arc<dyn Inode>, name: &str, content: &[u8]) {
+    dir.create(name.as_bytes(), FileKind::File, None).unwrap().write_at(0, content).unwrap();
+}
+
+#[test]
+fn a_file_that_moves_is_never_in_two_places() {
+    let content = noise(1, 5000);
+    at_every_cut(
+        |root| {
+            for name in ["a", "b"] {
+                let dir = root.create(name.as_bytes(), FileKind::Directory, None).unwrap();
+                put(&dir, "neighbour", &content);
+            }
+            put(&root.lookup(b"a").unwrap(), "file", &content);
+        },
+        |root| {
+            root.lookup(b"a").unwrap().rename(b"file", &root.lookup(b"b").unwrap(), b"a new name").unwrap()
+        },
+        |tree| {
+            let places = ["/a/file", "/b/a new name"].iter().filter(|path| tree.contains_key(**path)).count();
+            assert!(places <= 1);
+            assert_eq!(tree["/a/neighbour"].as_ref(), Some(&content));
+            assert_eq!(tree["/b/neighbour"].as_ref(), Some(&content));
+        },
+    );
+}
+
+#[test]
+fn a_file_that_is_replaced_is_there_in_old_or_new() {
+    let (old, new) = (noise(1, 9000), noise(2, 7000));
+    at_every_cut(
+        |root| {
+            put(root, "config", &old);
+            // So that the entries are in different sectors.
+            for i in 0..20 {
+                put(root, &format!("something else {i}"), b"x");
+            }
+        },
+        |root| {
+            put(root, "config.new", &new);
+            root.lookup(b"config.new").unwrap().sync().unwrap();
+            root.rename(b"config.new", root, b"config").unwrap();
+        },
+        |tree| {
+            let found = tree["/config"].as_ref().unwrap();
+            assert!(*found == old || *found == new);
+        },
+    );
+}
+
+#[test]
+fn clusters_change_hands_only_when_their_owner_is_gone() {
+    let (old, new) = (noise(1, 900_000), noise(2, 900_000));
+    at_every_cut(
+        |root| put(root, "old", &old),
+        |root| {
+            root.remove(b"old").unwrap();
+            // Does not fit beside the old one.
+            put(root, "new", &new);
+        },
+        |tree| {
+            if let Some(Some(found)) = tree.get("/old") {
+                assert!(*found == old);
+            }
+            if let Some(Some(found)) = tree.get("/new") {
+                assert!(found.is_empty() || *found == new);
+            }
+        },
+    );
+}
+
+#[test]
+fn a_file_that_is_cut_and_grows_again_keeps_to_itself() {
+    let content = noise(1, 50_000);
+    at_every_cut(
+        |root| put(root, "file", &content),
+        |root| {
+            let file = root.lookup(b"file").unwrap();
+            file.truncate(10_000).unwrap();
+            put(root, "other", &noise(2, 60_000));
+            file.write_at(10_000, &noise(3, 80_000)).unwrap();
+        },
+        |tree| {
+            let found = tree["/file"].as_ref().unwrap();
+            assert!(found[..10_000] == content[..10_000]);
+        },
+    );
+}
