@@ -123,8 +123,8 @@ int ak_disks_open(char *list)
 			*mode = 0;
 		error = ak_disk_open(disk, path);
 		if (error)
-			pr_err("disk %s cannot be opened %s: error %d\n", path,
-			       disk->info.read_only ? "for reading" : "for writing", error);
+			pr_err("disk %s cannot be opened %s: %pe\n", path,
+			       disk->info.read_only ? "for reading" : "for writing", ERR_PTR(error));
 		else
 			ak_disks_open_count++;
 	}

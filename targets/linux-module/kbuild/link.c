@@ -262,7 +262,7 @@ static int ak_link_register(u32 index, unsigned int mtu)
 	netif_napi_add(dev, &link->napi, ak_poll);
 	error = register_netdev(dev);
 	if (error) {
-		pr_err("interface %s cannot be registered: error %d\n", dev->name, error);
+		pr_err("interface %s cannot be registered: %pe\n", dev->name, ERR_PTR(error));
 		netif_napi_del(&link->napi);
 		free_percpu(dev->tstats);
 		free_netdev(dev);

@@ -139,7 +139,7 @@ static int ak_config_read(void)
 	}
 	file = filp_open(ak_config_file, O_RDONLY, 0);
 	if (IS_ERR(file)) {
-		pr_err("config_file %s cannot be opened: error %ld\n", ak_config_file, PTR_ERR(file));
+		pr_err("config_file %s cannot be opened: %pe\n", ak_config_file, file);
 		return PTR_ERR(file);
 	}
 	size = i_size_read(file_inode(file));
@@ -150,7 +150,7 @@ static int ak_config_read(void)
 		size = -EFBIG;
 	fput(file);
 	if (size < 0) {
-		pr_err("config_file %s cannot be read: error %zd\n", ak_config_file, size);
+		pr_err("config_file %s cannot be read: %pe\n", ak_config_file, ERR_PTR(size));
 		kfree(text);
 		return size;
 	}

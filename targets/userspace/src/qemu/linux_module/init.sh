@@ -8,11 +8,15 @@ mount -t devtmpfs dev /dev
 stty -F /dev/ttyS0 raw
 stty -F /dev/ttyS1 raw
 
-# The module's messages, without the kernel's own.
+# The module's messages, without the kernel's own. busybox's insmod tries twice, and one complaint is enough.
+last=
 while IFS= read -r line; do
+	text=${line#*\] }
+	[ "$text" = "$last" ] && continue
+	last=$text
 	case $line in
 	*"taints kernel"* | *"tainting kernel"*) ;;
-	*"] anykernel: "*) echo "${line#*\] anykernel: }" ;;
+	*"] anykernel: "*) echo "${text#anykernel: }" ;;
 	esac
 done </proc/kmsg >/dev/ttyS0 &
 
