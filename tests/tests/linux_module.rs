@@ -245,10 +245,11 @@ while [ $n -lt TIMES ]; do
 	ip link set ak0 up
 	: >/bytes
 	: >/go
-	client d5/file-5.txt &
-	client d11/file-11.txt &
-	client d6/file-23.txt &
-	client d3/file-3.txt &
+	clients=
+	for path in d5/file-5.txt d11/file-11.txt d6/file-23.txt d3/file-3.txt; do
+		client $path &
+		clients="$clients $!"
+	done
 	sleep 0.$((4 + n % 6))
 	rmmod anykernel || say "rmmod failed"
 	rm /go
@@ -256,7 +257,7 @@ while [ $n -lt TIMES ]; do
 	[ -d /sys/module/anykernel ] && say "leftover module"
 	ps | grep -E '\[(ak-|httpd|net[0-9]|disk)' | sed 's/^/leftover /' >/dev/ttyS1
 	killall nc 2>/dev/null
-	wait
+	wait $clients
 	say "served $(awk '{s += $1} END {print s + 0}' /bytes)"
 	# The first load is the one that taints.
 	[ $n = 1 ] && dmesg -c >/dev/null
