@@ -247,7 +247,7 @@ while [ $n -lt TIMES ]; do
 	: >/go
 	clients=
 	for path in d5/file-5.txt d11/file-11.txt d6/file-23.txt d3/file-3.txt; do
-		client $path &
+		client $path 2>/dev/null &
 		clients="$clients $!"
 	done
 	sleep 0.$((4 + n % 6))
@@ -354,7 +354,17 @@ fn httpd_serves_every_byte_through_the_module() {
             .collect();
         let list = file(dir.path(), "list", list.as_bytes());
         let curl = Command::new("curl")
-            .args(["-sS", "--fail", "--parallel", "--parallel-max", "16", "--max-time", "300", "-K"])
+            .args([
+                "-sS",
+                "--no-progress-meter",
+                "--fail",
+                "--parallel",
+                "--parallel-max",
+                "16",
+                "--max-time",
+                "300",
+                "-K",
+            ])
             .arg(list)
             .status();
         assert!(curl.unwrap().success());
