@@ -34,6 +34,8 @@ const KEEPALIVE_TRIES: u64 = 4;
 const ACK_DELAY: Duration = Duration::from_millis(10);
 /// ... but not for the first segments with data, while the peer's congestion window is small and grows with every one.
 const QUICK_ACKS: u8 = 16;
+/// The largest unit of a scaled window in bytes (RFC 7323, 2.3), which rounding can take from it.
+const MOST_ROUNDING: u32 = 1 << 14;
 /// Guards against an engine that wants to be polled at once for ever.
 const MIN_WAIT_NS: u64 = 1_000_000;
 
@@ -42,6 +44,7 @@ const MIN_WAIT_NS: u64 = 1_000_000;
 struct Emitted {
     seq: u32,
     ack: u32,
+    window: u16,
     count: u32,
 }
 
@@ -130,6 +133,7 @@ impl Egress for LinkEgress<'_> {
             if let Some(tcp) = buf.get(header_len..).and_then(Tcp::parse) {
                 emitted.seq = tcp.end();
                 emitted.ack = tcp.ack;
+                emitted.window = tcp.window;
                 emitted.count = emitted.count.wrapping_add(1);
             }
         };
@@ -252,14 +256,20 @@ impl Shard {
         flow.heard_ns = self.now_ns;
         let before = flow.state();
         let count = flow.emitted.count;
-        // Both ends may probe a closed window at once, and both take the other's byte as the windows open. smoltcp does
-        // not count that byte as sent, so all that either says from then on begins one too early; it looks like a
-        // keep-alive, of which smoltcp reads neither acknowledgement nor window, and both wait for ever. So news is
-        // passed on as if it began where it is expected. A keep-alive proper has no news and stays as it is.
+        // smoltcp reads neither acknowledgement nor window of an empty segment that begins elsewhere than it expects. Two
+        // ends of its kind then wait for each other for ever in two cases, in which other stacks read on:
+        // - Both probed a closed window at once, and both took the other's byte as the windows opened. smoltcp does not
+        //   count that byte as sent, so what either says from then on begins one too early, like a keep-alive.
+        // - Our window closed a few bytes before the edge that was announced first, because a scaled window is rounded
+        //   (RFC 7323, 2.4). The peer sent those bytes, we did not take them, and what it says begins after them.
+        // So news is passed on as if it began where it is expected. A keep-alive proper has no news and stays as it is.
         let said = (tcp.ack, tcp.window);
         let begins_early = tcp.seq.wrapping_add(1) == flow.emitted.ack;
+        let begins_late =
+            flow.emitted.window == 0 && (1..=MOST_ROUNDING).contains(&tcp.seq.wrapping_sub(flow.emitted.ack));
+        let elsewhere = begins_early || begins_late;
         let mended =
-            (flow.established && tcp.len == 0 && tcp.flags == flag::ACK && begins_early && said != flow.said)
+            (flow.established && tcp.len == 0 && tcp.flags == flag::ACK && elsewhere && said != flow.said)
                 .then(|| {
                     let header = ip.whole.len() - ip.payload.len();
                     let mut packet = Vec::new();
@@ -296,7 +306,8 @@ impl Shard {
         if after == State::TimeWait && before != State::TimeWait {
             if before == State::Closing {
                 // Nothing more is to be sent; this segment has the numbers.
-                flow.emitted = Emitted { seq: tcp.ack, ack: tcp.end(), count: count.wrapping_add(1) };
+                flow.emitted =
+                    Emitted { seq: tcp.ack, ack: tcp.end(), count: count.wrapping_add(1), ..flow.emitted };
             }
             flow.before_time_wait = Some(count);
         }
