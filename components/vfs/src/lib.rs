@@ -5,6 +5,7 @@
 //! [`hostblk`] is the driver for disks that the host opens.
 #![no_std]
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), warn(clippy::indexing_slicing, clippy::unwrap_used))]
 
 extern crate alloc;
 #[cfg(test)]

@@ -223,3 +223,23 @@ fn a_disk_that_fails_later_is_an_error_of_the_read() {
     drop(file);
     kernel.shutdown();
 }
+
+#[test]
+fn nothing_is_left_behind() {
+    let dir = common::scratch();
+    let host = TestHost::new();
+    host.add_disk(small_image(dir.path()), 512, true);
+    let kernel = start(host, vec![mount("disk0", "/")]).unwrap();
+    let names = kernel.namespace().unwrap();
+    ours(&*names, "", &mut Tree::new());
+    let device = Arc::downgrade(&kernel.block_devices()[0]);
+    let root = Arc::downgrade(&names.resolve(b"/dir", true).unwrap());
+    assert!(root.upgrade().is_none(), "a handle that nobody has");
+    let weak = (Arc::downgrade(&kernel), Arc::downgrade(&names));
+    drop(names);
+    kernel.shutdown();
+    drop(kernel);
+    assert!(weak.1.upgrade().is_none(), "the namespace");
+    assert!(weak.0.upgrade().is_none(), "the kernel");
+    assert!(device.upgrade().is_none(), "the device");
+}

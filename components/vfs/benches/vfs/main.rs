@@ -2,7 +2,7 @@
 //!
 //! Prints one JSON object a line. The peer of each row runs in turn with it: `memcpy` from memory to a buffer of the same
 //! size for what the cache has, `pread` of the image by the same calls for what it has not.
-//! Options: `--mib N` (size of the file, 1024), `--runs N` (5).
+//! Options: `--mib N` (size of the file, 1024), `--runs N` (5), `--case TEXT` (only cases with that in their name).
 #![expect(unsafe_code, reason = "the host hands out pages")]
 
 mod host;
@@ -55,6 +55,13 @@ fn row(
     mut ours: impl FnMut() -> f64,
     mut theirs: impl FnMut() -> f64,
 ) {
+    if std::env::args()
+        .skip_while(|argument| argument != "--case")
+        .nth(1)
+        .is_some_and(|only| !case.contains(&only))
+    {
+        return;
+    }
     let mut pairs: Vec<(f64, f64)> = (0..runs).map(|_| (ours(), theirs())).collect();
     pairs.sort_by(|one, two| (one.0 / one.1).total_cmp(&(two.0 / two.1)));
     let ratio = |pair: &(f64, f64)| pair.0 / pair.1;
@@ -173,28 +180,6 @@ fn main() {
             rate(|| sequential(1 << 20, |at, buf| file.read_at(at, buf).expect("a read")))
         },
         || rate(|| sequential(1 << 20, pread)),
-    );
-    // Nobody has it: what the device gives, and how well it is kept busy.
-    let forget = || {
-        use rustix::fs::{Advice, fadvise, fdatasync};
-        fdatasync(&raw).expect("a sync");
-        fadvise(&raw, 0, None, Advice::DontNeed).expect("an advice");
-    };
-    row(
-        "sequential 1 MiB, cold device",
-        "MB/s",
-        "pread",
-        runs,
-        || {
-            forget();
-            let instance = Instance::new(&image, 64 << 20);
-            let file = instance.file();
-            rate(|| sequential(1 << 20, |at, buf| file.read_at(at, buf).expect("a read")))
-        },
-        || {
-            forget();
-            rate(|| sequential(1 << 20, pread))
-        },
     );
     row(
         "sequential 4 KiB, cold",

@@ -3,6 +3,7 @@
 /// CRC-32C (Castagnoli, reflected) tables for eight bytes at a time.
 static TABLES: [[u32; 256]; 8] = tables();
 
+#[expect(clippy::indexing_slicing, reason = "evaluated when compiled")]
 const fn tables() -> [[u32; 256]; 8] {
     let mut tables = [[0; 256]; 8];
     let mut byte = 0;

@@ -136,6 +136,11 @@ impl<H: Host> Ext4Inode<H> {
         self.flags & flag != 0
     }
 
+    /// Content, names and targets of encrypted inodes are noise without a key.
+    fn refuse_encrypted(&self) -> Result<()> {
+        if self.has(flag::ENCRYPT) { Err(FsError::Unsupported) } else { Ok(()) }
+    }
+
     pub(super) fn bad(&self, what: &str) -> FsError {
         self.volume.corrupt(format_args!("inode {}: {what}", self.number))
     }
@@ -242,9 +247,7 @@ impl<H: Host> Inode for Ext4Inode<H> {
             FileKind::Directory => return Err(FsError::IsDirectory),
             _ => return Err(FsError::Invalid),
         }
-        if self.has(flag::ENCRYPT) {
-            return Err(FsError::Unsupported);
-        }
+        self.refuse_encrypted()?;
         let len = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
         let Some(mut rest) = buf.get_mut(..len) else { return Ok(0) };
         if let Some(inline) = &self.inline {
@@ -279,6 +282,7 @@ impl<H: Host> Inode for Ext4Inode<H> {
         if self.kind != FileKind::Directory {
             return Err(FsError::NotDirectory);
         }
+        self.refuse_encrypted()?;
         // Names of 256 bytes and more cannot be there.
         if name.is_empty() || name.len() > 255 {
             return Err(if name.is_empty() { FsError::NotFound } else { FsError::BadName });
@@ -295,6 +299,7 @@ impl<H: Host> Inode for Ext4Inode<H> {
         if self.kind != FileKind::Directory {
             return Err(FsError::NotDirectory);
         }
+        self.refuse_encrypted()?;
         directory::list(self, cursor, sink)
     }
 
@@ -302,9 +307,7 @@ impl<H: Host> Inode for Ext4Inode<H> {
         if self.kind != FileKind::Symlink {
             return Err(FsError::Invalid);
         }
-        if self.has(flag::ENCRYPT) {
-            return Err(FsError::Unsupported);
-        }
+        self.refuse_encrypted()?;
         let len = self.size as usize;
         if let Some(inline) = &self.inline {
             return Ok(inline.get(..len).ok_or_else(|| self.bad("its link is cut short"))?.to_vec());

@@ -6,6 +6,9 @@
 //! * [`directory`], [`htree`] and [`hash`]: names.
 //! * [`journal`]: what a crash left in the journal, laid over the volume in memory. Nothing is ever written.
 //!
+//! What is encrypted is [`FsError::Unsupported`]; names in case-insensitive directories are found as they are written.
+//! Extended attributes are not read.
+//!
 //! Every number from the disk is checked before it is used, and every checksum where the volume has them.
 //! Contradictions are [`FsError::Corrupt`], logged with what they are and counted in `vfs.ext4_corruptions`.
 
