@@ -244,6 +244,20 @@ impl<H: Host> Kernel<H> {
         self.stopping.load(Ordering::Acquire)
     }
 
+    /// Sleeps until the instance is on its way down: what an application's main thread does when others serve.
+    /// Context: thread. Blocks.
+    pub fn wait_for_stop(&self) {
+        let stop = Arc::new(Signal::new());
+        self.raise_on_stop(stop.clone());
+        loop {
+            let seen = stop.count();
+            if self.stopping() {
+                return;
+            }
+            stop.wait(&self.host, seen, None);
+        }
+    }
+
     /// Asks every thread to end; does not wait. Context: thread.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);

@@ -13,6 +13,7 @@
 
 extern crate alloc;
 
+use alloc::format;
 use alloc::sync::Arc;
 use alloc::vec;
 use anykernel::Kernel;
@@ -20,7 +21,7 @@ use anykernel::socket::{NetError, Result, SocketProvider, TcpListener, TcpStream
 use anykernel::task::Executor;
 use core::future::Future;
 use core::net::{Ipv4Addr, SocketAddr};
-use hypercall::{ExitStatus, Host, Signal};
+use hypercall::{ExitStatus, Host};
 
 /// TCP: receives and counts.
 pub const SINK: u16 = 5001;
@@ -42,30 +43,17 @@ pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
         log::error!("netbench: there is no network stack: give the instance a network (--net tap:NAME)");
         return ExitStatus::Failure;
     };
-    let host = kernel.host();
-    let executor = Executor::new(host);
-    if let Err(error) = start(&*sockets, &executor) {
-        log::error!("netbench: {error}; its ports 5001 to 5004 must be free");
+    let started =
+        kernel.start_executor("netbench").map_err(|error| format!("{error}")).and_then(|executor| {
+            start(&*sockets, &executor)
+                .map_err(|error| format!("{error}; its ports 5001 to 5004 must be free"))
+        });
+    if let Err(line) = started {
+        log::error!("netbench: {line}");
         return ExitStatus::Failure;
     }
-    for _ in 0..host.cpu_count() {
-        let executor = executor.clone();
-        if let Err(error) = kernel.spawn("netbench", None, move || executor.run()) {
-            log::error!("netbench: {error}");
-            return ExitStatus::Failure;
-        }
-    }
     log::info!("netbench: ready");
-    let stop = Arc::new(Signal::new());
-    kernel.raise_on_stop(stop.clone());
-    loop {
-        let seen = stop.count();
-        if kernel.stopping() {
-            break;
-        }
-        stop.wait(&host, seen, None);
-    }
-    executor.stop();
+    kernel.wait_for_stop();
     ExitStatus::Success
 }
 

@@ -28,7 +28,7 @@ use anykernel::fs::Namespace;
 use anykernel::socket::{NetError, TcpListener, TcpStream};
 use anykernel::task::Executor;
 use core::net::{IpAddr, Ipv6Addr, SocketAddr};
-use hypercall::{ExitStatus, Host, Signal};
+use hypercall::{ExitStatus, Host};
 
 /// What every connection shares.
 struct Server<H: Host> {
@@ -104,15 +104,7 @@ fn serve<H: Host>(kernel: &Arc<Kernel<H>>, options: args::Options) -> Result<(),
             .map_err(|error| format!("{error}"))?;
     }
 
-    let stop = Arc::new(Signal::new());
-    kernel.raise_on_stop(stop.clone());
-    loop {
-        let seen = stop.count();
-        if kernel.stopping() {
-            break;
-        }
-        stop.wait(&host, seen, None);
-    }
+    kernel.wait_for_stop();
     executor.stop();
     Ok(())
 }
