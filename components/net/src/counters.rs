@@ -40,6 +40,8 @@ counters! {
     timeouts = "net.tcp.timeouts",
     /// Connections reset by the peer.
     resets_received = "net.tcp.resets_received",
+    /// Connections whose segments routers may cut, because a router asked for shorter ones.
+    fragmentable = "net.tcp.fragmentable",
     /// SYN-ACKs sent again.
     synack_retries = "net.tcp.synack_retries",
     /// Dropped: shorter than its headers say, or a header that makes no sense.

@@ -71,6 +71,17 @@ impl Quoted {
     }
 }
 
+impl Quoted {
+    fn tuple(&self) -> Tuple {
+        Tuple {
+            local: self.local,
+            remote: self.remote,
+            local_port: self.local_port,
+            remote_port: self.remote_port,
+        }
+    }
+}
+
 /// Whether a message is an error that quotes a packet.
 fn quotes(ip: &Ip<'_>) -> bool {
     match (ip.src, ip.payload.first()) {
@@ -109,8 +120,9 @@ impl Shard {
             0 => self.pong(ip),
             3 => {
                 let error = if code == 3 || code == 2 { NetError::Refused } else { NetError::Unreachable };
-                // Code 4 is path MTU discovery, which we do not need: our segments are what the peer's MSS allows.
-                if code != 4 {
+                if code == 4 {
+                    self.too_long_in(ip);
+                } else {
                     self.icmp_error_in(ip, error);
                 }
             }
@@ -136,19 +148,22 @@ impl Shard {
         }
     }
 
+    fn too_long_in(&mut self, ip: &Ip<'_>) {
+        let Some(quoted) = ip.payload.get(8..).and_then(|data| Quoted::parse(data, true)) else {
+            return self.io.counters.drop_malformed.increment();
+        };
+        if quoted.protocol == protocol::TCP {
+            self.flow_too_long(&quoted.tuple(), quoted.word);
+        }
+    }
+
     fn icmp_error_in(&mut self, ip: &Ip<'_>, error: NetError) {
         let Some(quoted) = ip.payload.get(8..).and_then(|data| Quoted::parse(data, ip.src.is_ipv4())) else {
             return self.io.counters.drop_malformed.increment();
         };
         match quoted.protocol {
             protocol::TCP => {
-                let tuple = Tuple {
-                    local: quoted.local,
-                    remote: quoted.remote,
-                    local_port: quoted.local_port,
-                    remote_port: quoted.remote_port,
-                };
-                if let Some(key) = self.flow_connecting(&tuple, quoted.word) {
+                if let Some(key) = self.flow_connecting(&quoted.tuple(), quoted.word) {
                     self.flow_fail(key, error);
                 }
             }

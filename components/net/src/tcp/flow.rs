@@ -4,9 +4,10 @@ use super::engine::{Egress, Engine};
 use super::listen::{Accept, Accepted};
 use super::table::{Target, Tuple};
 use super::timewait::TimeWait;
+use crate::checksum::Sum;
 use crate::io::{Io, Layout};
 use crate::neighbor::Neighbors;
-use crate::packet::{Ip, Mac, Tcp, flag};
+use crate::packet::{Ip, Mac, Tcp, flag, put};
 use crate::route::{Hop, LOOPBACK};
 use crate::shard::{FlowId, Shard, Timer};
 use crate::slab::Key;
@@ -36,6 +37,8 @@ const ACK_DELAY: Duration = Duration::from_millis(10);
 const QUICK_ACKS: u8 = 16;
 /// The largest unit of a scaled window in bytes (RFC 7323, 2.3), which rounding can take from it.
 const MOST_ROUNDING: u32 = 1 << 14;
+/// More than was ever sent and not acknowledged.
+const MAX_FLIGHT: u32 = 1 << 24;
 /// Guards against an engine that wants to be polled at once for ever.
 const MIN_WAIT_NS: u64 = 1_000_000;
 
@@ -63,6 +66,8 @@ pub(crate) struct Flow {
     pub(super) established: bool,
     /// How many segments with data are still acknowledged at once.
     quick_acks: u8,
+    /// A router told that our segments are too long for its next link.
+    may_fragment: bool,
     /// Bytes that the application read since the engine last looked whether to announce room.
     pub(super) unannounced: usize,
     /// No handle is left.
@@ -91,6 +96,7 @@ struct LinkEgress<'a> {
     v6: bool,
     mac: Option<Mac>,
     emitted: &'a mut Emitted,
+    may_fragment: bool,
     /// The next hop has to be asked for first.
     unresolved: bool,
     probe: bool,
@@ -128,8 +134,13 @@ impl Egress for LinkEgress<'_> {
     fn send(&mut self, len: usize, mss: Option<u16>, fill: &mut dyn FnMut(&mut [u8])) {
         let header_len = if self.v6 { 40 } else { 20 };
         let emitted = &mut *self.emitted;
+        let may_fragment = self.may_fragment && !self.v6;
         let mut write = |buf: &mut [u8]| {
             fill(buf);
+            if may_fragment {
+                let ident = emitted.count as u16;
+                allow_fragments(buf, ident);
+            }
             if let Some(tcp) = buf.get(header_len..).and_then(Tcp::parse) {
                 emitted.seq = tcp.end();
                 emitted.ack = tcp.ack;
@@ -216,6 +227,7 @@ impl Shard {
             before_time_wait: None,
             established: false,
             quick_acks: QUICK_ACKS,
+            may_fragment: false,
             unannounced: 0,
             orphan: false,
             orphan_deadline_ns: 0,
@@ -276,7 +288,7 @@ impl Shard {
                     packet.try_reserve_exact(ip.whole.len()).ok()?;
                     packet.extend_from_slice(ip.whole);
                     // The engine does not look at the checksum, which was verified.
-                    crate::packet::put(&mut packet, header + 4, &flow.emitted.ack.to_be_bytes());
+                    put(&mut packet, header + 4, &flow.emitted.ack.to_be_bytes());
                     Some(packet)
                 })
                 .flatten();
@@ -289,6 +301,7 @@ impl Shard {
             v6: flow.tuple.remote.is_ipv6(),
             mac: None,
             emitted: &mut flow.emitted,
+            may_fragment: flow.may_fragment,
             unresolved: false,
             probe: false,
             full: false,
@@ -340,6 +353,7 @@ impl Shard {
             v6: flow.tuple.remote.is_ipv6(),
             mac: None,
             emitted: &mut flow.emitted,
+            may_fragment: flow.may_fragment,
             unresolved: false,
             probe: false,
             full: false,
@@ -508,6 +522,19 @@ impl Shard {
         self.service(key);
     }
 
+    /// A router dropped a segment because its next link is too narrow (RFC 1191). An engine cannot change its MTU, so from
+    /// now on routers may cut the segments of this connection, as they did before path MTU discovery.
+    pub(crate) fn flow_too_long(&mut self, tuple: &Tuple, seq: u32) {
+        let hash = self.secret.tuple_hash((tuple.local, tuple.local_port), (tuple.remote, tuple.remote_port));
+        let Some(Target::Flow(key)) = self.demux.get(hash, tuple) else { return };
+        let Some(flow) = self.flows.get_mut(key) else { return };
+        // Only what was sent lately: a stranger would have to guess the sequence number (RFC 5927, 7.2).
+        if flow.emitted.seq.wrapping_sub(seq) <= MAX_FLIGHT && !flow.may_fragment {
+            flow.may_fragment = true;
+            self.io.counters.fragmentable.increment();
+        }
+    }
+
     /// The connection attempt from `local` to `remote`, if `seq` is what its SYN had.
     pub(crate) fn flow_connecting(&self, tuple: &Tuple, seq: u32) -> Option<Key> {
         let hash = self.secret.tuple_hash((tuple.local, tuple.local_port), (tuple.remote, tuple.remote_port));
@@ -584,4 +611,13 @@ fn discard(engine: &mut Engine) {
             break;
         }
     }
+}
+
+/// Takes the "don't fragment" flag off an IPv4 packet and numbers it instead.
+fn allow_fragments(packet: &mut [u8], ident: u16) {
+    put(packet, 4, &ident.to_be_bytes());
+    put(packet, 6, &[0; 2]);
+    put(packet, 10, &[0; 2]);
+    let sum = packet.get(..20).map_or(0, |header| Sum::default().bytes(header).finish());
+    put(packet, 10, &sum.to_be_bytes());
 }

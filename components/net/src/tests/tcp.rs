@@ -344,3 +344,40 @@ fn somebody_in_the_middle_forges_segments() {
     assert!(bytes > 10_000_000, "{bytes} bytes got through");
     assert!(resets > 0);
 }
+
+#[test]
+fn a_narrow_link_on_the_way_gets_fragments() {
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.trace = Some(std::vec::Vec::new());
+    world.transfer((0, client), (1, server), 20_000, SECOND);
+    let sent = world.trace.take().unwrap();
+    let long = sent.iter().find(|frame| frame.len() > 1400).unwrap();
+    assert_eq!(long[20] & 0x40, 0x40, "not to be cut before anybody asks");
+    // What a router at 10.0.0.9 says: fragmentation needed, next MTU 1280, quoting the segment.
+    let mut error = std::vec![3, 4, 0, 0, 0, 0, 5, 0];
+    error.extend(&long[14..14 + 28]);
+    let sum = crate::checksum::Sum::default().bytes(&error).finish();
+    error[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = [&[2, 0, 0, 0, 0, 1], &[2, 0, 0, 0, 0, 9], &[8u8, 0][..]].concat();
+    let mut header = [0; 20];
+    let (from, to) = ([10, 0, 0, 9].into(), [10, 0, 0, 1].into());
+    crate::packet::write_ip_header(
+        &mut header,
+        core::net::IpAddr::V4(from),
+        core::net::IpAddr::V4(to),
+        1,
+        64,
+        error.len(),
+    );
+    frame.extend(header);
+    frame.extend(error);
+    world.inject(0, &frame);
+    world.trace = Some(std::vec::Vec::new());
+    world.transfer((0, client), (1, server), 20_000, SECOND);
+    let sent = world.trace.take().unwrap();
+    let long = sent.iter().rfind(|frame| frame.len() > 1400).unwrap();
+    assert_eq!(long[20] & 0x40, 0);
+    assert_eq!(world.nodes[0].counters.fragmentable.get(), 1);
+    assert_eq!(world.nodes[1].counters.drop_checksum.get(), 0);
+}
