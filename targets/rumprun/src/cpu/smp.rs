@@ -14,7 +14,7 @@ const TRAMPOLINE: u64 = 0x8000;
 /// How long the last CPU may take.
 const PATIENCE_NS: u64 = 1_000_000_000;
 /// After how long a CPU that did not start is told once more.
-const SECOND_CALL_NS: u64 = 10_000_000;
+const SECOND_CALL_NS: u64 = 1_000_000;
 
 /// The number that the next CPU takes; the boot CPU is 0.
 static NEXT: AtomicU32 = AtomicU32::new(1);
@@ -120,6 +120,8 @@ impl Starting {
             }
         }
         super::set_count(arrived + 1);
+        let waited_us = (time::monotonic_ns() - start_ns) / 1000;
+        log::debug!("{} CPUs, waited {waited_us} us, called again: {called_again}", arrived + 1);
         arrived + 1
     }
 }
