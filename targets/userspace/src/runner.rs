@@ -105,6 +105,15 @@ fn announce(spec: &RunSpec, event: &serde_json::Value, line: &str) {
     }
 }
 
+/// Says that a published port can be used.
+pub(crate) fn announce_port(spec: &RunSpec, host: SocketAddr, guest: u16) {
+    announce(
+        spec,
+        &json!({ "event": "publish", "host": host.to_string(), "guest": guest }),
+        &format!("ready: {host} leads to port {guest} of the guest; Ctrl-C ends it"),
+    );
+}
+
 /// Says of each published port that it can be used, as soon as the application listens.
 fn announce_ports(
     spec: &RunSpec,
@@ -117,11 +126,7 @@ fn announce_ports(
     }
     for (host, guest) in published {
         if gateway.wait_until_open(*guest, &ended) {
-            announce(
-                spec,
-                &json!({ "event": "publish", "host": host.to_string(), "guest": guest }),
-                &format!("ready: {host} leads to port {guest} of the guest; Ctrl-C ends it"),
-            );
+            announce_port(spec, *host, *guest);
         }
     }
 }

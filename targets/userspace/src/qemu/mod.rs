@@ -25,9 +25,10 @@ use crate::{Failure, NetSpec, RunSpec, interrupt};
 use hypercall::ExitStatus;
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// I/O port of the isa-debug-exit device (4 bytes long).
@@ -179,7 +180,8 @@ impl Machine {
         let bar = build::spinner(format!("booting {}", self.name));
         let json = spec.json;
         let stdout = qemu.child.stdout.take();
-        let console = std::thread::spawn(move || stream_console(stdout, json, &bar));
+        let booting = bar.clone();
+        let console = std::thread::spawn(move || stream_console(stdout, json, &booting));
         let stderr = qemu.child.stderr.take();
         let errors = std::thread::spawn(move || {
             let mut text = Vec::new();
@@ -187,7 +189,13 @@ impl Machine {
             stderr.map(|mut from| from.read_to_end(&mut text));
             String::from_utf8_lossy(&text).into_owned()
         });
-        let status = qemu.wait(self.limit.map(|limit| start + limit));
+        let ended = AtomicBool::new(false);
+        let status = std::thread::scope(|scope| {
+            scope.spawn(|| announce_server(spec, &bar, &ended));
+            let status = qemu.wait(self.limit.map(|limit| start + limit));
+            ended.store(true, Ordering::Release);
+            status
+        });
         let _ = console.join();
         let errors = errors.join().unwrap_or_default();
         match status {
@@ -217,6 +225,38 @@ fn ports_are_free(spec: &RunSpec) -> Result<(), Failure> {
         TcpListener::bind(publish.host).map_err(|error| crate::spec::port_failure(publish.host, &error))?;
     }
     Ok(())
+}
+
+/// Says when the file server answers on its published port. QEMU accepts connections before the guest does, so only an
+/// answer shows that it is there; of other applications we do not know what they answer to.
+fn announce_server(spec: &RunSpec, bar: &indicatif::ProgressBar, ended: &AtomicBool) {
+    let web = spec.config.app.first().is_some_and(|app| app == "httpd");
+    let Some(publish) = spec.publish.iter().find(|publish| web && publish.guest == 80) else { return };
+    if spec.quiet {
+        return;
+    }
+    while !ended.load(Ordering::Acquire) {
+        if answers(publish.host) {
+            bar.finish_and_clear();
+            crate::runner::announce_port(spec, publish.host.into(), publish.guest);
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Whether an HTTP server answers there.
+fn answers(mut address: SocketAddrV4) -> bool {
+    if address.ip().is_unspecified() {
+        address.set_ip(Ipv4Addr::LOCALHOST);
+    }
+    let ask = || -> std::io::Result<usize> {
+        let mut stream = TcpStream::connect_timeout(&address.into(), Duration::from_secs(1))?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.write_all(b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        stream.read(&mut [0; 64])
+    };
+    ask().is_ok_and(|len| len > 0)
 }
 
 fn stream_console(from: Option<impl Read>, json: bool, bar: &indicatif::ProgressBar) {
