@@ -15,7 +15,7 @@ fn fill(shape: Shape, sample: &Tree) -> Vec<u8> {
             Some(content) => std::fs::write(path, content).unwrap(),
         }
     }
-    std::fs::write(&image, make(shape)).unwrap();
+    write_image(&image, &make(shape));
     for entry in std::fs::read_dir(&tree).unwrap() {
         tool("mcopy", &["-s", "-m", "-i", text(&image), text(&entry.unwrap().path()), "::/"]);
     }

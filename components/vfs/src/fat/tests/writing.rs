@@ -52,7 +52,7 @@ fn every_width_and_cluster_size() {
         }
         let scratch = Scratch::new();
         let (image, tree) = (scratch.path("image"), scratch.path("tree"));
-        std::fs::write(&image, content).unwrap();
+        write_image(&image, &content);
         std::fs::create_dir(&tree).unwrap();
         tool("mcopy", &["-s", "-n", "-i", text(&image), "::/*", text(&tree)]);
         assert_same(&read_host_tree(&tree), &sample);
