@@ -1,7 +1,7 @@
 //! [`Machine`]: the hypercall contract on this machine.
 
 use crate::bus::pci;
-use crate::interrupts::irq;
+use crate::interrupts::{ioapic, irq};
 use crate::memory::{self, frames, paging};
 use crate::{boot, console, cpu, entropy, thread, time};
 use alloc::{boxed::Box, sync::Arc};
@@ -161,7 +161,12 @@ impl Mmio for Machine {
     fn mmio_map(&self, at: PhysAddr, len: usize) -> Result<MmioRegion> {
         let end = at.0.checked_add(len as u64).ok_or(Error::Invalid)?;
         let range = boot::start_info::Range { start: at.0, end };
-        if boot::start_info::get().ram().iter().any(|ram| ram.overlaps(&range)) {
+        // Where devices write to interrupt CPUs, and where the CPUs' own registers are.
+        const LOCAL_APICS: boot::start_info::Range =
+            boot::start_info::Range { start: 0xfee0_0000, end: 0xfef0_0000 };
+        let ram = boot::start_info::get().ram();
+        if ram.iter().any(|ram| ram.overlaps(&range)) || range.overlaps(&LOCAL_APICS) || ioapic::owns(&range)
+        {
             return Err(Error::Denied);
         }
         let base = paging::map_device(at.0, len)?;

@@ -1,5 +1,6 @@
 //! I/O APICs: interrupt lines (82093AA data sheet).
 
+use crate::boot::start_info::Range;
 use crate::memory::paging;
 use crate::sync::SpinLock;
 use hypercall::{Error, Result};
@@ -14,6 +15,7 @@ const MAX: usize = 8;
 
 #[derive(Clone, Copy)]
 struct IoApic {
+    at: u64,
     registers: usize,
     first_line: u32,
     lines: u32,
@@ -41,7 +43,7 @@ impl IoApic {
 
 /// Adds the I/O APIC at a physical address, with all its lines masked.
 pub(crate) fn add(at: u64, first_line: u32) -> Result<()> {
-    let mut apic = IoApic { registers: paging::map_device(at, 4096)?, first_line, lines: 0 };
+    let mut apic = IoApic { at, registers: paging::map_device(at, 4096)?, first_line, lines: 0 };
     let mut all = ALL.lock();
     let slot = all.iter_mut().find(|slot| slot.is_none()).ok_or(Error::NoMemory)?;
     let version = apic.read(VERSION);
@@ -62,6 +64,12 @@ fn with_line<R>(line: u32, act: impl FnOnce(&IoApic, u32) -> R) -> Result<R> {
         .find(|apic| line >= apic.first_line && line - apic.first_line < apic.lines)
         .ok_or(Error::NotFound)?;
     Ok(act(apic, REDIRECTION + 2 * (line - apic.first_line)))
+}
+
+/// Whether `range` holds registers of an I/O APIC.
+pub(crate) fn owns(range: &Range) -> bool {
+    let own = |apic: &IoApic| range.overlaps(&Range { start: apic.at, end: apic.at + 4096 });
+    ALL.lock().iter().flatten().any(own)
 }
 
 /// Whether there is such a line.
