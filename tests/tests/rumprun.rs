@@ -3,7 +3,7 @@
 
 use anykernel_userspace::qemu::{Accelerator, rumprun};
 use sha2::{Digest, Sha256};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -203,6 +203,28 @@ fn the_machine_keeps_the_contract() {
                 "conformance: 0 failed",
             ],
         );
+    }
+}
+
+#[test]
+fn the_clock_runs_at_the_right_speed() {
+    for machine in ["microvm", "q35"] {
+        let (mut child, _config) = Guest::new(machine).request("clock").start(hello());
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let _running = Running(child);
+        let readings: Vec<(Instant, u64)> = stdout
+            .lines()
+            .map_while(Result::ok)
+            .filter_map(|line| Some((Instant::now(), line.strip_prefix("clock ")?.parse().ok()?)))
+            .collect();
+        let [(first, first_ns), _, (last, last_ns)] = readings[..] else { panic!("{readings:?}") };
+        let (ours, theirs) = (Duration::from_nanos(last_ns - first_ns), last - first);
+        // The line may be late on a busy machine; a wrong frequency is off by far more.
+        assert!(
+            ours.abs_diff(theirs) < ours / 10,
+            "{machine}: {ours:?} passed in the guest, {theirs:?} here"
+        );
+        println!("{machine}: {ours:?} in the guest, {theirs:?} here");
     }
 }
 

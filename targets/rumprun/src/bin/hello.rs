@@ -65,6 +65,19 @@ mod application {
         panic!("as requested")
     }
 
+    /// Says what time it is, three times, 2 s apart by the machine's own clock.
+    fn tell_time() -> ExitStatus {
+        let word = AtomicU32::new(0);
+        for round in 0..3 {
+            let now = Machine.monotonic_ns();
+            say(&format!("clock {now}"));
+            if round < 2 {
+                Machine.park(&word, 0, Some(now + 2_000_000_000));
+            }
+        }
+        ExitStatus::Success
+    }
+
     /// Judges the copying of memory, byte by byte, at all small sizes and overlaps and some large ones.
     fn copies_right() -> bool {
         let mut buffer = alloc::vec![0u8; 1400];
@@ -155,6 +168,7 @@ mod application {
                     ExitStatus::Failure
                 }
             }
+            "clock" => tell_time(),
             "conformance" => conformance(),
             "fail" => Machine.exit(ExitStatus::Failure),
             _ => {
