@@ -33,11 +33,16 @@ pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
     if target != Target::Userspace && spec.trace.is_some() {
         return Err(Failure::usage("--trace works with --on userspace only"));
     }
-    match target {
-        Target::Userspace => userspace(spec),
+    let status = match target {
+        // Says more when it ends.
+        Target::Userspace => return userspace(spec),
         Target::Rumprun => qemu::rumprun::run(spec),
         Target::LinuxModule => qemu::linux_module::run(spec),
+    }?;
+    if spec.json {
+        announce(spec, &json!({ "event": "exit", "status": status.code() }), "");
     }
+    Ok(status)
 }
 
 /// What can be said before anything starts.
