@@ -2,6 +2,7 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use core::str::FromStr;
 
 /// One line per option, for `--help` texts.
@@ -79,11 +80,15 @@ impl Options {
                 "--max-header-bytes" => options.max_header_bytes = number(name, &value()?, 512..=65536)?,
                 "--workers" => options.workers = Some(number(name, &value()?, 1..=256)?),
                 "--no-listing" => options.listing = false,
-                _ => return Err(format!("unknown option {name}; known are:\n{HELP}")),
+                _ => return Err(format!("unknown option {name}; known are {}", names().join(", "))),
             }
         }
         Ok(options)
     }
+}
+
+fn names() -> Vec<&'static str> {
+    HELP.lines().filter_map(|line| line.split(' ').next()).collect()
 }
 
 fn number<T: FromStr + PartialOrd + core::fmt::Display>(
@@ -104,7 +109,6 @@ fn seconds(name: &str, text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::vec::Vec;
 
     fn parse(args: &[&str]) -> Result<Options, String> {
         Options::parse(&args.iter().map(|arg| arg.to_string()).collect::<Vec<_>>())
@@ -120,7 +124,9 @@ mod tests {
     fn says_what_is_wrong() {
         assert!(parse(&["--port", "0"]).unwrap_err().contains("1 to 65535"));
         assert!(parse(&["--port"]).unwrap_err().contains("needs a value"));
-        assert!(parse(&["--prot", "1"]).unwrap_err().contains("unknown option --prot"));
+        let unknown = parse(&["--prot", "1"]).unwrap_err();
+        assert!(unknown.contains("unknown option --prot; known are --root, --port"), "{unknown}");
+        assert!(!unknown.contains('\n'), "{unknown}");
         assert!(parse(&["--root", "srv"]).unwrap_err().contains("absolute"));
     }
 }
