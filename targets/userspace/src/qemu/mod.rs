@@ -14,6 +14,7 @@
 //! that plus one. QEMU's own failures (exit code 1) cannot be mistaken for it. A guest that powers off counts as success.
 
 pub mod accel;
+mod backlog;
 pub mod build;
 pub mod linux_module;
 pub mod rumprun;
@@ -191,6 +192,9 @@ impl Machine {
         });
         let ended = AtomicBool::new(false);
         let status = std::thread::scope(|scope| {
+            let addresses: Vec<_> = spec.publish.iter().map(|publish| publish.host).collect();
+            let (child, over) = (qemu.child.id(), &ended);
+            scope.spawn(move || backlog::widen(child, &addresses, over));
             scope.spawn(|| announce_server(spec, &bar, &ended));
             let status = qemu.wait(self.limit.map(|limit| start + limit));
             ended.store(true, Ordering::Release);
