@@ -110,7 +110,8 @@ pub trait Listener: Send + Sync {
 
 /// A UDP socket.
 pub trait Datagram: Send + Sync {
-    /// Receives one datagram; what does not fit `buf` is cut off.
+    /// Receives one datagram; what does not fit `buf` is cut off. An ICMP error about the last datagram sent comes once,
+    /// as an error (RFC 1122, 4.1.3.3); the socket works on after it. [`NetError::Closed`] is the only final one.
     fn poll_recv_from(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<Result<(usize, SocketAddr)>>;
     /// Sends one datagram.
     fn poll_send_to(&self, cx: &mut Context<'_>, data: &[u8], to: SocketAddr) -> Poll<Result<()>>;

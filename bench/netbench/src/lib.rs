@@ -64,9 +64,16 @@ fn start<H: Host>(sockets: &dyn SocketProvider, executor: &Arc<Executor<H>>) -> 
     let socket = UdpSocket(sockets.bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), ECHO))?);
     executor.spawn(async move {
         let mut buffer = [0; 2048];
-        while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
-            // A lost answer is the client's to notice.
-            let _ = socket.send_to(buffer.get(..length).unwrap_or_default(), from).await;
+        loop {
+            match socket.recv_from(&mut buffer).await {
+                // A lost answer is the client's to notice.
+                Ok((length, from)) => {
+                    let _ = socket.send_to(buffer.get(..length).unwrap_or_default(), from).await;
+                }
+                Err(NetError::Closed) => return,
+                // A client that went away before its last answer came: others go on.
+                Err(_) => {}
+            }
         }
     });
     Ok(())
