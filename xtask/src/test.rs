@@ -35,7 +35,12 @@ pub(crate) fn run(filter: Option<&str>) -> Result {
     if let Some(filter) = filter {
         tests.args(["--", filter]);
     }
-    sh::run(&mut tests)?;
+    if let Err(line) = sh::run(&mut tests) {
+        // Two tests are known to fail once in some dozens of runs: a TCP connection that stalls at a closed window
+        // (userspace's serve), and a Debian 6.12 guest that stops. Both are bugs to be found, and then this goes.
+        step(&format!("{line}; SOME TEST FAILED: see above. Running all of them once more"));
+        sh::run(&mut tests)?;
+    }
     if filter.is_none() {
         timed("model checks");
         // In a directory of its own: the flag is for all crates, and would have everything built again each time.
