@@ -8,6 +8,11 @@ use std::time::Instant;
 const BARE: [&str; 7] =
     ["hypercall", "anykernel", "anykernel-net", "anykernel-vfs", "anykernel-virtio", "httpd", "selftest"];
 
+/// Fail once in some dozens of runs, each for a bug still to be found: a TCP connection that stalls at a closed window, and
+/// a Debian 6.12 guest that stops. They alone get a second try; an entry goes when its bug is found.
+const INTERMITTENT: [&str; 2] =
+    ["a_client_that_does_not_read_is_held_back_and_harms_nobody", "conformance_in_6_12"];
+
 /// Installs, checks, tests and boots.
 pub(crate) fn run(filter: Option<&str>) -> Result {
     let start = Instant::now();
@@ -30,16 +35,21 @@ pub(crate) fn run(filter: Option<&str>) -> Result {
     timed("the command line");
     let anykernel = sh::anykernel()?;
     timed("tests");
-    let mut tests = cargo();
-    tests.args(["test", "--workspace", "--no-fail-fast"]).env("ANYKERNEL", &anykernel);
-    if let Some(filter) = filter {
-        tests.args(["--", filter]);
-    }
-    if let Err(line) = sh::run(&mut tests) {
-        // Two tests are known to fail once in some dozens of runs: a TCP connection that stalls at a closed window
-        // (userspace's serve), and a Debian 6.12 guest that stops. Both are bugs to be found, and then this goes.
-        step(&format!("{line}; SOME TEST FAILED: see above. Running all of them once more"));
-        sh::run(&mut tests)?;
+    let run = |arguments: &[&str]| {
+        let mut tests = cargo();
+        tests.args(["test", "--workspace", "--no-fail-fast", "--"]).args(arguments);
+        sh::run(tests.env("ANYKERNEL", &anykernel))
+    };
+    match filter {
+        Some(filter) => run(&[filter])?,
+        None => {
+            run(&INTERMITTENT.map(|name| ["--skip", name]).concat())?;
+            timed("tests that fail now and then");
+            if let Err(line) = run(&INTERMITTENT) {
+                step(&format!("{line}; A KNOWN BUG SHOWED ITSELF: see above. Running these once more"));
+                run(&INTERMITTENT)?;
+            }
+        }
     }
     if filter.is_none() {
         timed("model checks");
