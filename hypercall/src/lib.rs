@@ -39,6 +39,7 @@ mod link;
 mod memory;
 mod mmio;
 mod pci;
+pub mod planted;
 mod system;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
