@@ -110,7 +110,7 @@ mod tests {
         let kernel = Kernel::new(TestHost::new(), Config::default());
         assert_eq!(kernel.admit(PROBE), Ok(()));
         const FUTURE: &[ContractVersion] = &[ContractVersion::new("core", 2, 0)];
-        const UNKNOWN: &[ContractVersion] = &[ContractVersion::CORE, ContractVersion::new("usb", 1, 0)];
+        const UNKNOWN: &[ContractVersion] = &[ContractVersion::CORE, ContractVersion::new("nvme", 1, 0)];
         let future = Manifest { contracts: FUTURE, ..PROBE };
         assert_eq!(
             format!("{}", kernel.admit(future).unwrap_err()),
@@ -119,7 +119,7 @@ mod tests {
         let unknown = Manifest { contracts: UNKNOWN, ..PROBE };
         assert_eq!(
             format!("{}", kernel.admit(unknown).unwrap_err()),
-            "probe: the component needs contract usb 1.0, which this host does not have"
+            "probe: the component needs contract nvme 1.0, which this host does not have"
         );
         let silent = Manifest { contracts: &[], ..PROBE };
         assert_eq!(

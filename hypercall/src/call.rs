@@ -32,6 +32,8 @@ pub enum Capability {
     Block,
     /// [`crate::HostLink`].
     Link,
+    /// [`crate::HostUsb`].
+    Usb,
 }
 
 impl Capability {
@@ -51,6 +53,7 @@ impl Capability {
         Self::Irq,
         Self::Block,
         Self::Link,
+        Self::Usb,
     ];
 
     /// In lower case; for a driver contract the name of its [`crate::ContractVersion`].
@@ -70,6 +73,7 @@ impl Capability {
             Self::Irq => "irq",
             Self::Block => "block",
             Self::Link => "link",
+            Self::Usb => "usb",
         }
     }
 
@@ -199,6 +203,20 @@ calls! {
     LinkSend "link_send" Link ["link", "bytes"] false;
     LinkReceive "link_receive" Link ["link", "bytes"] false;
     LinkClose "link_close" Link ["link"] false;
+    UsbWatch "usb_watch" Usb [] false;
+    UsbDevices "usb_devices" Usb [] false;
+    UsbDescriptors "usb_descriptors" Usb ["device", "bytes"] false;
+    UsbOpen "usb_open" Usb ["device"] true;
+    UsbClose "usb_close" Usb ["device"] true;
+    UsbConfigure "usb_configure" Usb ["device", "configuration"] true;
+    UsbClaim "usb_claim" Usb ["device", "interface"] true;
+    UsbRelease "usb_release" Usb ["device", "interface"] true;
+    UsbSetAlternate "usb_set_alternate" Usb ["device", "interface"] true;
+    UsbClearHalt "usb_clear_halt" Usb ["device", "endpoint"] true;
+    UsbReset "usb_reset" Usb ["device"] true;
+    UsbSubmit "usb_submit" Usb ["endpoint", "bytes"] false;
+    UsbCancel "usb_cancel" Usb ["device", "tag"] false;
+    UsbReap "usb_reap" Usb ["device"] false;
 }
 
 #[cfg(test)]

@@ -9,7 +9,8 @@
 //!   capability traits ([`Clock`], [`Memory`], [`Threads`], [`Cpus`], [`Entropy`], [`Params`],
 //!   [`Console`], [`Exit`]), so that a component states in its bounds what it uses;
 //! * one **private contract** per kind of driver, versioned apart and bound only where such a driver is
-//!   linked: [`Dma`], [`Mmio`], [`Pci`], [`Irq`] (together [`DeviceHost`]), [`HostBlock`], [`HostLink`].
+//!   linked: [`Dma`], [`Mmio`], [`Pci`], [`Irq`] (together [`DeviceHost`]), [`HostBlock`], [`HostLink`],
+//!   [`HostUsb`].
 //!
 //! A host is a `Copy` handle that is passed by value: zero-sized on bare metal and in a kernel module, a
 //! pointer to an instance in a process, so that one process can hold hundreds of them. Calls are
@@ -44,6 +45,7 @@ mod system;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod thread;
+mod usb;
 mod version;
 
 pub use block::{DiskInfo, HostBlock};
@@ -59,6 +61,10 @@ pub use mmio::{Mmio, MmioDevice, MmioRegion, PhysAddr, Width};
 pub use pci::{Pci, PciAddress};
 pub use system::{Console, Entropy, Exit, ExitStatus, Params};
 pub use thread::{ParkResult, ThreadId, ThreadSpec, Threads};
+pub use usb::{
+    HostUsb, UsbCompletion, UsbDeviceId, UsbDeviceInfo, UsbPath, UsbRefused, UsbSpeed, UsbStatus,
+    UsbTransfer, UsbTransferKind,
+};
 pub use version::{ContractVersion, Refusal, Versions, check_versions};
 
 /// The core contract: every capability a component may need on every target.

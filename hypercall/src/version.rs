@@ -7,7 +7,7 @@ use core::fmt;
 /// A change that an old component or host would misunderstand raises `major`; an addition raises `minor`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ContractVersion {
-    /// `"core"`, `"dma"`, `"mmio"`, `"pci"`, `"irq"`, `"block"` or `"link"`.
+    /// `"core"`, `"dma"`, `"mmio"`, `"pci"`, `"irq"`, `"block"`, `"link"` or `"usb"`.
     pub name: &'static str,
     /// Must be equal on both sides.
     pub major: u16,
@@ -30,6 +30,8 @@ impl ContractVersion {
     pub const BLOCK: Self = Self::new("block", 1, 0);
     /// Host links ([`crate::HostLink`]).
     pub const LINK: Self = Self::new("link", 1, 0);
+    /// Host USB devices ([`crate::HostUsb`]).
+    pub const USB: Self = Self::new("usb", 1, 0);
 
     /// A version of the contract `name`.
     pub const fn new(name: &'static str, major: u16, minor: u16) -> Self {

@@ -332,3 +332,81 @@ impl<H: Console + HostLink> HostLink for Granted<H> {
         }
     }
 }
+
+impl<H: Console + HostUsb> HostUsb for Granted<H> {
+    #[inline]
+    fn usb_watch(&self, signal: Option<Arc<Signal>>) -> Result<()> {
+        self.check(Call::UsbWatch)?;
+        self.host.usb_watch(signal)
+    }
+    #[inline]
+    fn usb_devices(&self, found: &mut dyn FnMut(UsbDeviceInfo)) {
+        if self.grants(Call::UsbDevices) {
+            self.host.usb_devices(found);
+        }
+    }
+    #[inline]
+    fn usb_descriptors(&self, device: UsbDeviceId, buf: &mut [u8]) -> Result<usize> {
+        self.check(Call::UsbDescriptors)?;
+        self.host.usb_descriptors(device, buf)
+    }
+    #[inline]
+    fn usb_open(&self, device: UsbDeviceId, signal: Arc<Signal>) -> Result<()> {
+        self.check(Call::UsbOpen)?;
+        self.host.usb_open(device, signal)
+    }
+    #[inline]
+    fn usb_close(&self, device: UsbDeviceId) {
+        if self.grants(Call::UsbClose) {
+            self.host.usb_close(device);
+        }
+    }
+    #[inline]
+    fn usb_configure(&self, device: UsbDeviceId, configuration: u8) -> Result<()> {
+        self.check(Call::UsbConfigure)?;
+        self.host.usb_configure(device, configuration)
+    }
+    #[inline]
+    fn usb_claim(&self, device: UsbDeviceId, interface: u8) -> Result<()> {
+        self.check(Call::UsbClaim)?;
+        self.host.usb_claim(device, interface)
+    }
+    #[inline]
+    fn usb_release(&self, device: UsbDeviceId, interface: u8) {
+        if self.grants(Call::UsbRelease) {
+            self.host.usb_release(device, interface);
+        }
+    }
+    #[inline]
+    fn usb_set_alternate(&self, device: UsbDeviceId, interface: u8, alternate: u8) -> Result<()> {
+        self.check(Call::UsbSetAlternate)?;
+        self.host.usb_set_alternate(device, interface, alternate)
+    }
+    #[inline]
+    fn usb_clear_halt(&self, device: UsbDeviceId, endpoint: u8) -> Result<()> {
+        self.check(Call::UsbClearHalt)?;
+        self.host.usb_clear_halt(device, endpoint)
+    }
+    #[inline]
+    fn usb_reset(&self, device: UsbDeviceId) -> Result<()> {
+        self.check(Call::UsbReset)?;
+        self.host.usb_reset(device)
+    }
+    #[inline]
+    fn usb_submit(&self, device: UsbDeviceId, transfer: UsbTransfer) -> Result<(), UsbRefused> {
+        match self.check(Call::UsbSubmit) {
+            Ok(()) => self.host.usb_submit(device, transfer),
+            Err(error) => Err(UsbRefused { transfer, error }),
+        }
+    }
+    #[inline]
+    fn usb_cancel(&self, device: UsbDeviceId, tag: u64) {
+        if self.grants(Call::UsbCancel) {
+            self.host.usb_cancel(device, tag);
+        }
+    }
+    #[inline]
+    fn usb_reap(&self, device: UsbDeviceId) -> Option<UsbCompletion> {
+        if self.grants(Call::UsbReap) { self.host.usb_reap(device) } else { None }
+    }
+}

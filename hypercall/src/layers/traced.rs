@@ -294,3 +294,71 @@ impl<H: HostLink + Clock + Cpus, S: TraceSink> HostLink for Traced<H, S> {
         self.trace(Call::LinkClose, [link.into(), 0], |host| host.link_close(link));
     }
 }
+
+impl<H: HostUsb + Clock + Cpus, S: TraceSink> HostUsb for Traced<H, S> {
+    #[inline]
+    fn usb_watch(&self, signal: Option<Arc<Signal>>) -> Result<()> {
+        self.trace(Call::UsbWatch, [0; 2], |host| host.usb_watch(signal))
+    }
+    #[inline]
+    fn usb_devices(&self, found: &mut dyn FnMut(UsbDeviceInfo)) {
+        self.trace(Call::UsbDevices, [0; 2], |host| host.usb_devices(found));
+    }
+    #[inline]
+    fn usb_descriptors(&self, device: UsbDeviceId, buf: &mut [u8]) -> Result<usize> {
+        let arguments = [device.0, buf.len() as u64];
+        self.trace(Call::UsbDescriptors, arguments, |host| host.usb_descriptors(device, buf))
+    }
+    #[inline]
+    fn usb_open(&self, device: UsbDeviceId, signal: Arc<Signal>) -> Result<()> {
+        self.trace(Call::UsbOpen, [device.0, 0], |host| host.usb_open(device, signal))
+    }
+    #[inline]
+    fn usb_close(&self, device: UsbDeviceId) {
+        self.trace(Call::UsbClose, [device.0, 0], |host| host.usb_close(device));
+    }
+    #[inline]
+    fn usb_configure(&self, device: UsbDeviceId, configuration: u8) -> Result<()> {
+        let arguments = [device.0, configuration.into()];
+        self.trace(Call::UsbConfigure, arguments, |host| host.usb_configure(device, configuration))
+    }
+    #[inline]
+    fn usb_claim(&self, device: UsbDeviceId, interface: u8) -> Result<()> {
+        self.trace(Call::UsbClaim, [device.0, interface.into()], |host| host.usb_claim(device, interface))
+    }
+    #[inline]
+    fn usb_release(&self, device: UsbDeviceId, interface: u8) {
+        self.trace(Call::UsbRelease, [device.0, interface.into()], |host| {
+            host.usb_release(device, interface)
+        });
+    }
+    #[inline]
+    fn usb_set_alternate(&self, device: UsbDeviceId, interface: u8, alternate: u8) -> Result<()> {
+        let arguments = [device.0, interface.into()];
+        self.trace(Call::UsbSetAlternate, arguments, |host| {
+            host.usb_set_alternate(device, interface, alternate)
+        })
+    }
+    #[inline]
+    fn usb_clear_halt(&self, device: UsbDeviceId, endpoint: u8) -> Result<()> {
+        let arguments = [device.0, endpoint.into()];
+        self.trace(Call::UsbClearHalt, arguments, |host| host.usb_clear_halt(device, endpoint))
+    }
+    #[inline]
+    fn usb_reset(&self, device: UsbDeviceId) -> Result<()> {
+        self.trace(Call::UsbReset, [device.0, 0], |host| host.usb_reset(device))
+    }
+    #[inline]
+    fn usb_submit(&self, device: UsbDeviceId, transfer: UsbTransfer) -> Result<(), UsbRefused> {
+        let arguments = [transfer.endpoint.into(), transfer.data.len() as u64];
+        self.trace(Call::UsbSubmit, arguments, |host| host.usb_submit(device, transfer))
+    }
+    #[inline]
+    fn usb_cancel(&self, device: UsbDeviceId, tag: u64) {
+        self.trace(Call::UsbCancel, [device.0, tag], |host| host.usb_cancel(device, tag));
+    }
+    #[inline]
+    fn usb_reap(&self, device: UsbDeviceId) -> Option<UsbCompletion> {
+        self.trace(Call::UsbReap, [device.0, 0], |host| host.usb_reap(device))
+    }
+}
