@@ -183,6 +183,8 @@ calls! {
     DmaFree "dma_free" Dma ["device", "bytes"] false;
     DmaMap "dma_map" Dma ["bytes"] false;
     DmaUnmap "dma_unmap" Dma ["device", "bytes"] false;
+    DmaRead "dma_read" Dma ["device", "width"] false;
+    DmaCopy "dma_copy" Dma ["device", "bytes"] false;
     MmioDevices "mmio_devices" Mmio [] false;
     MmioMap "mmio_map" Mmio ["address", "bytes"] false;
     MmioRead "mmio_read" Mmio ["register", "width"] false;

@@ -1,7 +1,8 @@
 //! Private contract: memory that a device reads and writes.
 
-use crate::Result;
+use crate::{Result, Width};
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Acquire};
 
 /// An address as the device sees it (after an IOMMU, if there is one).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,4 +68,44 @@ pub unsafe trait Dma {
     /// # Safety
     /// All three arguments are those of one `dma_map`, whose transfer is over.
     unsafe fn dma_unmap(&self, device: DmaAddr, buf: NonNull<[u8]>, direction: DmaDirection);
+
+    /// Reads one number that a device may have written: what lies at `offset` in `block`, in the byte order of the CPU.
+    /// What is read after it is no older (acquire).
+    ///
+    /// Drivers read through the host, as they do with registers, so that what a device wrote can be recorded and made up.
+    /// It is one load. Panics if it is not aligned or not inside. Context: any. Never blocks. Counterparts: none;
+    /// Linux has `READ_ONCE` after `dma_rmb`.
+    ///
+    /// # Safety
+    /// The block came from this host and is not freed.
+    #[inline]
+    unsafe fn dma_read(&self, block: &DmaBlock, offset: usize, width: Width) -> u64 {
+        let end = offset.checked_add(width.bytes());
+        assert!(end.is_some_and(|end| end <= block.len), "offset {offset} outside DMA memory");
+        // SAFETY: just checked that the offset lies inside the block, which is valid by the caller.
+        let at = unsafe { block.cpu.add(offset) }.as_ptr();
+        assert!(at.addr().is_multiple_of(width.bytes()), "offset {offset} is not aligned");
+        // SAFETY: valid and aligned, and drivers write to it by atomics too.
+        unsafe {
+            match width {
+                Width::U8 => AtomicU8::from_ptr(at).load(Acquire).into(),
+                Width::U16 => AtomicU16::from_ptr(at.cast()).load(Acquire).into(),
+                Width::U32 => AtomicU32::from_ptr(at.cast()).load(Acquire).into(),
+                Width::U64 => AtomicU64::from_ptr(at.cast()).load(Acquire),
+            }
+        }
+    }
+
+    /// Copies what a device may have written from `offset` in `block` on; otherwise as [`Dma::dma_read`]. A device that
+    /// breaks the rules may write meanwhile; then the copy holds some mixture.
+    ///
+    /// # Safety
+    /// As for `dma_read`.
+    #[inline]
+    unsafe fn dma_copy(&self, block: &DmaBlock, offset: usize, to: &mut [u8]) {
+        let end = offset.checked_add(to.len());
+        assert!(end.is_some_and(|end| end <= block.len), "offset {offset} outside DMA memory");
+        // SAFETY: the source lies inside the block, `to` is ordinary memory and cannot overlap it.
+        unsafe { core::ptr::copy_nonoverlapping(block.cpu.add(offset).as_ptr(), to.as_mut_ptr(), to.len()) };
+    }
 }

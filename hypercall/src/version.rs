@@ -19,7 +19,7 @@ impl ContractVersion {
     /// The core contract of this crate.
     pub const CORE: Self = Self::new("core", 1, 0);
     /// Device memory ([`crate::Dma`]).
-    pub const DMA: Self = Self::new("dma", 1, 0);
+    pub const DMA: Self = Self::new("dma", 1, 1);
     /// Memory-mapped registers ([`crate::Mmio`]).
     pub const MMIO: Self = Self::new("mmio", 1, 0);
     /// PCI functions ([`crate::Pci`]).

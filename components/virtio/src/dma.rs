@@ -15,7 +15,7 @@ use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
-use hypercall::{Dma, DmaAddr, DmaBlock, DmaDirection, Error, Result};
+use hypercall::{Dma, DmaAddr, DmaBlock, DmaDirection, Error, Result, Width};
 
 /// A block of coherent memory, freed when dropped.
 pub(crate) struct DmaMemory<H: Dma> {
@@ -50,7 +50,19 @@ impl<H: Dma> DmaMemory<H> {
         at
     }
 
-    /// The 16 bits at `offset`. Panics outside the block: offsets are ours, never the device's.
+    /// The 16 bits that the device may have written at `offset`.
+    pub(crate) fn device_u16(&self, offset: usize) -> u16 {
+        // SAFETY: the block is this host's and lives as long as `self`.
+        unsafe { self.host.dma_read(&self.block, offset, Width::U16) as u16 }
+    }
+
+    /// The 32 bits that the device may have written at `offset`.
+    pub(crate) fn device_u32(&self, offset: usize) -> u32 {
+        // SAFETY: as above.
+        unsafe { self.host.dma_read(&self.block, offset, Width::U32) as u32 }
+    }
+
+    /// The 16 bits at `offset`, to write. Panics outside the block: offsets are ours, never the device's.
     pub(crate) fn u16_at(&self, offset: usize) -> &AtomicU16 {
         // SAFETY: valid, aligned, lives as long as `self`, and only ever accessed atomically.
         unsafe { AtomicU16::from_ptr(self.at(offset).as_ptr()) }
@@ -133,12 +145,8 @@ impl<H: Dma> DmaSlot<H> {
         if offset.checked_add(out.len())? > self.len {
             return None;
         }
-        // SAFETY: the source lies inside the block, `out` is ordinary memory and cannot overlap it. A device that
-        // breaks the rules may write meanwhile; then the copy holds some mixture, which is only judged afterwards.
-        unsafe {
-            let from = self.memory.block.cpu.add(self.offset + offset);
-            core::ptr::copy_nonoverlapping(from.as_ptr(), out.as_mut_ptr(), out.len());
-        }
+        // SAFETY: the block is this host's and lives as long as `self`.
+        unsafe { self.memory.host.dma_copy(&self.memory.block, self.offset + offset, out) };
         Some(())
     }
 }

@@ -13,7 +13,7 @@ use crate::error::{Error, Fault, Result};
 use crate::spec::ring;
 use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use core::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
 use core::sync::atomic::fence;
 use hypercall::Dma;
 
@@ -297,9 +297,9 @@ impl<H: Dma, T> Queue<H, T> {
         let old = core::mem::replace(&mut self.published, self.avail);
         if self.options.event_idx {
             let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.options.size);
-            need_event(u16::from_le(self.memory.u16_at(at).load(Relaxed)), self.published, old)
+            need_event(u16::from_le(self.memory.device_u16(at)), self.published, old)
         } else {
-            u16::from_le(self.memory.u16_at(self.layout.used).load(Relaxed)) & ring::USED_NO_NOTIFY == 0
+            u16::from_le(self.memory.device_u16(self.layout.used)) & ring::USED_NO_NOTIFY == 0
         }
     }
 
@@ -320,7 +320,7 @@ impl<H: Dma, T> Queue<H, T> {
     fn try_pop(&mut self) -> Result<Option<Returned<H, T>>, Fault> {
         if self.used == self.used_seen {
             // Acquire: the entries and the buffers are read after the index.
-            let index = u16::from_le(self.memory.u16_at(self.layout.used + 2).load(Acquire));
+            let index = u16::from_le(self.memory.device_u16(self.layout.used + 2));
             if index == self.used {
                 return Ok(None);
             }
@@ -330,8 +330,8 @@ impl<H: Dma, T> Queue<H, T> {
             self.used_seen = index;
         }
         let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.used & self.mask);
-        let id = u32::from_le(self.memory.u32_at(at).load(Relaxed));
-        let len = u32::from_le(self.memory.u32_at(at + 4).load(Relaxed));
+        let id = u32::from_le(self.memory.device_u32(at));
+        let len = u32::from_le(self.memory.device_u32(at + 4));
         let unpublished = self.avail.wrapping_sub(self.published);
         let entry = usize::try_from(id)
             .ok()
@@ -400,7 +400,7 @@ impl<H: Dma, T> Queue<H, T> {
         }
         // Our wish is written before we look, as in `publish`.
         fence(SeqCst);
-        let index = u16::from_le(self.memory.u16_at(self.layout.used + 2).load(Acquire));
+        let index = u16::from_le(self.memory.device_u16(self.layout.used + 2));
         let done = index.wrapping_sub(self.used);
         if self.options.event_idx { done > skip } else { done > 0 }
     }
@@ -408,7 +408,7 @@ impl<H: Dma, T> Queue<H, T> {
     /// How many returned chains wait to be popped.
     #[cfg(test)]
     pub(crate) fn pending_for_test(&self) -> u16 {
-        u16::from_le(self.memory.u16_at(self.layout.used + 2).load(Acquire)).wrapping_sub(self.used)
+        u16::from_le(self.memory.device_u16(self.layout.used + 2)).wrapping_sub(self.used)
     }
 
     /// Ends the queue after the device was reset: every token in flight comes back with its chain.

@@ -209,6 +209,16 @@ unsafe impl<H: Console + Dma> Dma for Granted<H> {
         // SAFETY: the caller's promise. Not refused, as with pages.
         unsafe { self.host.dma_unmap(device, buf, direction) }
     }
+    #[inline]
+    unsafe fn dma_read(&self, block: &DmaBlock, offset: usize, width: Width) -> u64 {
+        // SAFETY: the caller's promise. Not refused: whoever has a block was given it.
+        unsafe { self.host.dma_read(block, offset, width) }
+    }
+    #[inline]
+    unsafe fn dma_copy(&self, block: &DmaBlock, offset: usize, to: &mut [u8]) {
+        // SAFETY: the caller's promise. Not refused, as above.
+        unsafe { self.host.dma_copy(block, offset, to) }
+    }
 }
 
 impl<H: Console + Mmio> Mmio for Granted<H> {

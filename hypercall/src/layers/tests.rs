@@ -78,6 +78,8 @@ fn called() -> Vec<Call> {
         Call::DmaFree,
         Call::DmaMap,
         Call::DmaUnmap,
+        Call::DmaRead,
+        Call::DmaCopy,
         Call::MmioRead,
         Call::MmioWrite,
     ];

@@ -194,6 +194,18 @@ unsafe impl<H: Dma + Clock + Cpus, S: TraceSink> Dma for Traced<H, S> {
         // SAFETY: the caller's promise.
         self.trace(Call::DmaUnmap, arguments, |host| unsafe { host.dma_unmap(device, buf, direction) });
     }
+    #[inline]
+    unsafe fn dma_read(&self, block: &DmaBlock, offset: usize, width: Width) -> u64 {
+        let arguments = [block.device.0 + offset as u64, width.bytes() as u64];
+        // SAFETY: the caller's promise.
+        self.trace(Call::DmaRead, arguments, |host| unsafe { host.dma_read(block, offset, width) })
+    }
+    #[inline]
+    unsafe fn dma_copy(&self, block: &DmaBlock, offset: usize, to: &mut [u8]) {
+        let arguments = [block.device.0 + offset as u64, to.len() as u64];
+        // SAFETY: the caller's promise.
+        self.trace(Call::DmaCopy, arguments, |host| unsafe { host.dma_copy(block, offset, to) });
+    }
 }
 
 impl<H: Mmio + Clock + Cpus, S: TraceSink> Mmio for Traced<H, S> {
