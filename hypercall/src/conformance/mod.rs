@@ -18,10 +18,11 @@ mod park;
 mod support;
 mod system;
 mod threads;
+mod usb;
 #[cfg(test)]
 mod wrong_hosts;
 
-use crate::{Dma, Host, HostBlock, HostLink, Irq, IrqSource, Mmio, Pci};
+use crate::{Dma, Host, HostBlock, HostLink, HostUsb, Irq, IrqSource, Mmio, Pci, UsbDeviceId};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
@@ -237,6 +238,34 @@ suite! {
 }
 
 suite! {
+    /// The checks of [`run_usb`].
+    USB_CHECKS;
+    /// Judges [`HostUsb`] on `device`, which is in a configuration and not open. It best has an interface with an IN endpoint on
+    /// which nothing comes unasked (a disk, a keyboard at which nobody types): it is claimed and reset, and nothing is written
+    /// to it. Context: a thread of the host.
+    pub fn run_usb<H: Host + HostUsb>(host, device: UsbDeviceId);
+
+    "usb/listed" => usb::listed(host, device);
+    "usb/paths" => usb::paths(host);
+    "usb/not-found" => usb::not_found(host, device);
+    "usb/descriptors" needs "usb/listed" => usb::descriptors(host, device);
+    "usb/open-once" needs "usb/listed" => usb::open_once(host, device);
+    "usb/control" needs "usb/descriptors" => usb::control(host, device);
+    "usb/short-in" needs "usb/control" => usb::short_in(host, device);
+    "usb/stall" needs "usb/control" => usb::stall(host, device);
+    "usb/once" needs "usb/control" => usb::once(host, device);
+    "usb/signals" needs "usb/control" => usb::signals(host, device);
+    "usb/refuses" needs "usb/control" => usb::refuses(host, device);
+    "usb/claim" needs "usb/descriptors" => usb::claim(host, device);
+    "usb/cancel" needs "usb/claim" => usb::cancel(host, device);
+    "usb/release-cancels" needs "usb/claim" => usb::release_cancels(host, device);
+    "usb/clear-halt" needs "usb/claim" => usb::clear_halt(host, device);
+    "usb/close-drops-signal" needs "usb/descriptors" => usb::close_drops_signal(host, device);
+    "usb/reset" needs "usb/control" => usb::reset(host, device);
+    "usb/watch" => usb::watch(host);
+}
+
+suite! {
     /// The checks of [`run_irq`].
     IRQ_CHECKS;
     /// Judges [`Irq`] on `source`, which nobody uses; `fire` makes its device interrupt once. Context: a thread of the
@@ -283,6 +312,7 @@ pub const SUITES: &[(&str, &[&str])] = &[
     ("dma", DMA_CHECKS),
     ("block", BLOCK_CHECKS),
     ("link", LINK_CHECKS),
+    ("usb", USB_CHECKS),
     ("irq", IRQ_CHECKS),
     ("mmio", MMIO_CHECKS),
     ("pci", PCI_CHECKS),

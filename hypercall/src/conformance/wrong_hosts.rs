@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::atomic::{AtomicU32, Ordering::SeqCst};
-use crate::testing::TestHost;
+use crate::testing::{TestHost, UsbLoopback};
 use crate::*;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -66,6 +66,25 @@ enum Fault {
     FramesSwapped,
     LinkSignalNever,
     LinkOpensTwice,
+    UsbListsTwice,
+    UsbBusZero,
+    UsbStrangersOpened,
+    UsbDescriptorsCut,
+    UsbOpensTwice,
+    UsbControlZeroes,
+    UsbShortAsFull,
+    UsbStallAsDone,
+    UsbCompletesTwice,
+    UsbLoses,
+    UsbSignalNever,
+    UsbKeepsRefused,
+    UsbClaimsAnything,
+    UsbCancelSilent,
+    UsbReleaseForgets,
+    UsbHaltStays,
+    UsbKeepsSignal,
+    UsbResetKills,
+    UsbWatchForever,
 }
 
 /// What a wrong host remembers.
@@ -77,6 +96,7 @@ struct Memo {
     writes: std::sync::Mutex<Vec<(u64, Vec<u8>)>>,
     irqs: std::sync::Mutex<Vec<Arc<Signal>>>,
     threads: std::sync::Mutex<Vec<ThreadId>>,
+    completion: std::sync::Mutex<Option<UsbCompletion>>,
 }
 
 #[derive(Clone, Copy)]
@@ -98,6 +118,7 @@ impl Wrong {
             writes: Default::default(),
             irqs: Default::default(),
             threads: Default::default(),
+            completion: Default::default(),
         };
         Self { host, fault, memo: Box::leak(Box::new(memo)) }
     }
@@ -526,6 +547,112 @@ impl HostLink for Wrong {
     }
 }
 
+impl HostUsb for Wrong {
+    fn usb_watch(&self, signal: Option<Arc<Signal>>) -> Result<()> {
+        if self.is(Fault::UsbWatchForever) && signal.is_none() {
+            return Ok(());
+        }
+        self.host.usb_watch(signal)
+    }
+    fn usb_devices(&self, found: &mut dyn FnMut(UsbDeviceInfo)) {
+        self.host.usb_devices(&mut |mut info| {
+            if self.is(Fault::UsbBusZero) {
+                info.path = UsbPath::root(0);
+            }
+            found(info);
+            if self.is(Fault::UsbListsTwice) {
+                found(info);
+            }
+        });
+    }
+    fn usb_descriptors(&self, device: UsbDeviceId, buf: &mut [u8]) -> Result<usize> {
+        let len = self.host.usb_descriptors(device, buf)?;
+        Ok(if self.is(Fault::UsbDescriptorsCut) { len - 1 } else { len })
+    }
+    fn usb_open(&self, device: UsbDeviceId, signal: Arc<Signal>) -> Result<()> {
+        let signal = match self.fault {
+            Fault::UsbSignalNever => Arc::new(Signal::new()),
+            Fault::UsbKeepsSignal => {
+                self.memo.irqs.lock().unwrap().push(signal.clone());
+                signal
+            }
+            _ => signal,
+        };
+        match self.host.usb_open(device, signal) {
+            Err(Error::Busy) if self.is(Fault::UsbOpensTwice) => Ok(()),
+            Err(Error::NotFound) if self.is(Fault::UsbStrangersOpened) => Ok(()),
+            other => other,
+        }
+    }
+    fn usb_close(&self, device: UsbDeviceId) {
+        *self.memo.completion.lock().unwrap() = None;
+        self.host.usb_close(device);
+    }
+    fn usb_configure(&self, device: UsbDeviceId, configuration: u8) -> Result<()> {
+        self.host.usb_configure(device, configuration)
+    }
+    fn usb_claim(&self, device: UsbDeviceId, interface: u8) -> Result<()> {
+        match self.host.usb_claim(device, interface) {
+            Err(Error::Invalid) if self.is(Fault::UsbClaimsAnything) => Ok(()),
+            other => other,
+        }
+    }
+    fn usb_release(&self, device: UsbDeviceId, interface: u8) {
+        self.host.usb_release(device, interface);
+        if self.is(Fault::UsbReleaseForgets) {
+            while self.host.usb_reap(device).is_some() {}
+        }
+    }
+    fn usb_set_alternate(&self, device: UsbDeviceId, interface: u8, alternate: u8) -> Result<()> {
+        self.host.usb_set_alternate(device, interface, alternate)
+    }
+    fn usb_clear_halt(&self, device: UsbDeviceId, endpoint: u8) -> Result<()> {
+        if self.is(Fault::UsbHaltStays) {
+            return Err(Error::Io);
+        }
+        self.host.usb_clear_halt(device, endpoint)
+    }
+    fn usb_reset(&self, device: UsbDeviceId) -> Result<()> {
+        if self.is(Fault::UsbResetKills) {
+            self.host.usb_close(device);
+            return Ok(());
+        }
+        self.host.usb_reset(device)
+    }
+    fn usb_submit(&self, device: UsbDeviceId, transfer: UsbTransfer) -> Result<(), UsbRefused> {
+        self.host.usb_submit(device, transfer).map_err(|mut refused| {
+            if self.is(Fault::UsbKeepsRefused) {
+                refused.transfer.data = Box::new([]);
+            }
+            refused
+        })
+    }
+    fn usb_cancel(&self, device: UsbDeviceId, tag: u64) {
+        if !self.is(Fault::UsbCancelSilent) {
+            self.host.usb_cancel(device, tag);
+        }
+    }
+    fn usb_reap(&self, device: UsbDeviceId) -> Option<UsbCompletion> {
+        if let Some(again) = self.memo.completion.lock().unwrap().take() {
+            return Some(again);
+        }
+        let mut over = self.host.usb_reap(device)?;
+        // The last of the eight that `once` submits.
+        let eighth = over.transfer.tag == 17;
+        match self.fault {
+            Fault::UsbControlZeroes => over.transfer.data.fill(0),
+            Fault::UsbShortAsFull => over.actual = over.transfer.data.len(),
+            Fault::UsbStallAsDone if over.status == UsbStatus::Stall => over.status = UsbStatus::Done,
+            Fault::UsbCompletesTwice if eighth => {
+                *self.memo.completion.lock().unwrap() = Some(over.clone());
+            }
+            Fault::UsbLoses if eighth => return None,
+            _ => {}
+        }
+        Some(over)
+    }
+}
+
 /// Everything the suite has to say about a host.
 fn judge(host: Wrong) -> Vec<CheckReport> {
     let mut reports = Vec::new();
@@ -537,6 +664,8 @@ fn judge(host: Wrong) -> Vec<CheckReport> {
     run_block(host, disk, &mut report);
     let (a, b) = host.host.add_link_pair();
     run_link(host, a, Some(b), &mut report);
+    let device = host.host.plug_usb(UsbPath::root(1).child(1).unwrap(), Box::new(UsbLoopback::default()));
+    run_usb(host, device, &mut report);
     let source = IrqSource::Line(5);
     let mut fire = || {
         host.host.fire(source);
@@ -630,6 +759,25 @@ wrong_hosts! {
     frames_swapped: FramesSwapped fails "link/order";
     link_signal_never: LinkSignalNever fails "link/signals";
     link_opens_twice: LinkOpensTwice fails "link/open-once";
+    usb_lists_twice: UsbListsTwice fails "usb/listed";
+    usb_bus_zero: UsbBusZero fails "usb/paths";
+    usb_strangers_opened: UsbStrangersOpened fails "usb/not-found";
+    usb_descriptors_cut: UsbDescriptorsCut fails "usb/descriptors";
+    usb_opens_twice: UsbOpensTwice fails "usb/open-once";
+    usb_control_zeroes: UsbControlZeroes fails "usb/control";
+    usb_short_as_full: UsbShortAsFull fails "usb/short-in";
+    usb_stall_as_done: UsbStallAsDone fails "usb/stall";
+    usb_completes_twice: UsbCompletesTwice fails "usb/once";
+    usb_loses: UsbLoses fails "usb/once";
+    usb_signal_never: UsbSignalNever fails "usb/signals";
+    usb_keeps_refused: UsbKeepsRefused fails "usb/refuses";
+    usb_claims_anything: UsbClaimsAnything fails "usb/claim";
+    usb_cancel_silent: UsbCancelSilent fails "usb/cancel";
+    usb_release_forgets: UsbReleaseForgets fails "usb/release-cancels";
+    usb_halt_stays: UsbHaltStays fails "usb/clear-halt";
+    usb_keeps_signal: UsbKeepsSignal fails "usb/close-drops-signal";
+    usb_reset_kills: UsbResetKills fails "usb/reset";
+    usb_watch_forever: UsbWatchForever fails "usb/watch";
 }
 
 #[test]

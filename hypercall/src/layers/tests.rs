@@ -18,7 +18,7 @@ fn ring(capacity: usize) -> &'static TraceRing {
 }
 
 /// Only compiles if the layers are hosts of every kind.
-fn is_every_kind_of_host<H: DeviceHost + HostBlock + HostLink>(_: H) {}
+fn is_every_kind_of_host<H: DeviceHost + HostBlock + HostLink + HostUsb>(_: H) {}
 
 #[test]
 fn layers_stack() {
@@ -28,7 +28,7 @@ fn layers_stack() {
 }
 
 /// Calls every function once, except `exit`.
-fn call_everything<H: DeviceHost + HostBlock + HostLink>(host: H) {
+fn call_everything<H: DeviceHost + HostBlock + HostLink + HostUsb>(host: H) {
     let word = atomic::AtomicU32::new(0);
     let signal = || Arc::new(Signal::new());
     let function = PciAddress { segment: 0, bus: 0, device: 1, function: 0 };
@@ -68,6 +68,22 @@ fn call_everything<H: DeviceHost + HostBlock + HostLink>(host: H) {
     let _ = host.link_send(9, &[]);
     let _ = host.link_receive(9, &mut []);
     host.link_close(9);
+    let nobody = UsbDeviceId(9);
+    let _ = host.usb_watch(None);
+    host.usb_devices(&mut |_| ());
+    let _ = host.usb_descriptors(nobody, &mut []);
+    let _ = host.usb_open(nobody, signal());
+    host.usb_close(nobody);
+    let _ = host.usb_configure(nobody, 1);
+    let _ = host.usb_claim(nobody, 0);
+    host.usb_release(nobody, 0);
+    let _ = host.usb_set_alternate(nobody, 0, 0);
+    let _ = host.usb_clear_halt(nobody, 1);
+    let _ = host.usb_reset(nobody);
+    let (kind, data) = (UsbTransferKind::Bulk, Box::default());
+    let _ = host.usb_submit(nobody, UsbTransfer { kind, endpoint: 1, data, zero_packet: false, tag: 0 });
+    host.usb_cancel(nobody, 0);
+    host.usb_reap(nobody);
 }
 
 /// What [`call_everything`] calls: all but `exit`, what gives back what was not got, and registers of no region.

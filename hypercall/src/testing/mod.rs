@@ -5,17 +5,19 @@
 //!
 //! It has the driver contracts too, with a device side for tests to play: memory that a device reaches only while it is
 //! mapped ([`TestHost::dma_read`]), interrupts ([`TestHost::fire`]), register models ([`TestHost::add_mmio_device`],
-//! [`TestHost::add_pci_function`]), disks with a volatile cache ([`TestHost::add_disk`]) and links on a wire that loses
-//! frames when told to ([`TestHost::add_link_pair`]). Misuse of DMA panics with what was done.
+//! [`TestHost::add_pci_function`]), disks with a volatile cache ([`TestHost::add_disk`]) links on a wire that loses
+//! frames when told to ([`TestHost::add_link_pair`]) and USB devices ([`TestHost::plug_usb`]). Misuse of DMA panics with what was done.
 #![expect(unsafe_code, reason = "hands out pages")]
 
 mod block;
 mod device;
 mod dma;
 mod link;
+mod usb;
 
 pub use block::DiskCalls;
 pub use device::Registers;
+pub use usb::{UsbLoopback, UsbModel, UsbReply, UsbStandard, reply as usb_reply, usb_progress};
 
 use crate::atomic::AtomicU32;
 use crate::*;
@@ -45,6 +47,7 @@ struct Inner {
     devices: Mutex<device::Devices>,
     disks: Mutex<Vec<block::Disk>>,
     links: Mutex<Vec<link::End>>,
+    usb: Mutex<usb::Bus>,
 }
 
 struct Parker {
@@ -95,6 +98,7 @@ impl TestHost {
             devices: Mutex::default(),
             disks: Mutex::default(),
             links: Mutex::default(),
+            usb: Mutex::default(),
         })))
     }
 
@@ -155,6 +159,7 @@ impl Versions for TestHost {
             ContractVersion::IRQ,
             ContractVersion::BLOCK,
             ContractVersion::LINK,
+            ContractVersion::USB,
         ]
     }
 }
