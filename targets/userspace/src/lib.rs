@@ -16,6 +16,7 @@ pub mod logger;
 pub mod plan;
 pub mod qemu;
 pub mod runner;
+pub mod sim;
 mod spec;
 pub mod trace;
 
