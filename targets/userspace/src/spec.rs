@@ -35,6 +35,25 @@ pub struct RunSpec {
     pub quiet: bool,
 }
 
+impl RunSpec {
+    /// A run of what `config` says, without disks and network, on one CPU, that shows nothing but the console.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            disks: Vec::new(),
+            publish: Vec::new(),
+            net: NetSpec::None,
+            machine: MachineKind::default(),
+            cpus: 1,
+            memory: None,
+            trace: None,
+            pcap: None,
+            json: false,
+            quiet: true,
+        }
+    }
+}
+
 /// A disk image or block device of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskSpec {

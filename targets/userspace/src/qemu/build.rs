@@ -1,5 +1,6 @@
 //! Running cargo for a guest, with a line of progress.
 
+use super::process;
 use crate::{Failure, interrupt};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{BufRead, BufReader};
@@ -40,13 +41,13 @@ pub fn step(what: &str, mut command: Command) -> Result<(), Failure> {
     let program = command.get_program().to_string_lossy().into_owned();
     let bar = spinner(what);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    super::die_with_parent(&mut command);
+    process::die_with_parent(&mut command);
     let mut child = command.spawn().map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => Failure::new(format!("{what}: {program} is not installed")),
         _ => Failure::new(format!("{what}: cannot start {program}: {error}")),
     })?;
     let pid = child.id();
-    let guard = interrupt::on_interrupt(move || super::kill(pid));
+    let guard = interrupt::on_interrupt(move || process::terminate(pid));
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let out = std::thread::spawn(move || lines(stdout, |_| ()));
     let err = lines(stderr, |line| bar.set_message(format!("{what}: {}", line.trim())));

@@ -13,6 +13,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 /// Which kernel to boot unless the environment variable `ANYKERNEL_LINUX` says another series.
 const SERIES: &str = "6.1";
@@ -43,24 +44,59 @@ pub const MODULES: [&str; 12] = [
 /// Errors are lines for a person. The guest's own end is an `Ok`.
 pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let series = std::env::var("ANYKERNEL_LINUX").unwrap_or_else(|_| SERIES.into());
-    let (ended, code) = boot(spec, &series, None)?;
-    if ended != ExitStatus::Success || crate::interrupt::interrupted() {
+    let (ended, code, _) = boot(spec, &series, None)?;
+    let ended = ended?;
+    if ended != ExitStatus::Success {
         return Ok(ended);
     }
     status_of(code.trim())
+        .or_else(|| crate::interrupt::interrupted().then_some(ended))
         .ok_or_else(|| Failure::new("Linux stopped before the application ended: see its last words above"))
 }
 
-/// Boots a kernel of `series` ("6.1" or "6.12") for a test: `script` is run by its shell, as the first process, with the
-/// module at `/lib/anykernel.ko`. Returns what the script wrote to `/dev/ttyS1`.
-///
-/// The script ends with `end STATUS`, which turns the machine off.
-pub fn run_script(spec: &RunSpec, series: &str, script: &str) -> Result<String, Failure> {
-    boot(spec, series, Some(script)).map(|(_, text)| text)
+/// What a test's guest left.
+#[derive(Debug)]
+pub struct Said {
+    /// How QEMU ended.
+    pub ended: Result<ExitStatus, Failure>,
+    /// What the script wrote to `/dev/ttyS1`.
+    pub lines: String,
+    /// The console: the kernel's messages, and its last words if it died.
+    pub console: String,
 }
 
-/// How QEMU ended, and what came out of the second serial port.
-fn boot(spec: &RunSpec, series: &str, script: Option<&str>) -> Result<(ExitStatus, String), Failure> {
+impl Said {
+    /// The console's last lines, for whoever has to find out why a guest stopped.
+    pub fn last_words(&self) -> String {
+        const LINES: usize = 40;
+        let lines: Vec<&str> = self.console.lines().collect();
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
+    }
+}
+
+/// Boots a kernel of `series` ("6.1" or "6.12") for a test: `script` is run by its shell, as the first process, with the
+/// module at `/lib/anykernel.ko`. The kernel is told to panic, and so to say why, of what it would only warn on other
+/// days: an oops, a CPU or a task that is stuck. A guest that takes longer than `limit` is stopped.
+///
+/// The script ends with `end STATUS`, which turns the machine off. Errors: it could not be started at all.
+pub fn run_script(spec: &RunSpec, series: &str, script: &str, limit: Duration) -> Result<Said, Failure> {
+    let (ended, lines, console) = boot(spec, series, Some((script, limit)))?;
+    Ok(Said { ended, lines, console })
+}
+
+/// The kernel's parameters. Of the kernel itself only a panic is said on the console (level 1: with 0 not even that), the
+/// module's messages are passed on by init.
+const QUIET: &str = "console=ttyS0 quiet loglevel=1 panic=-1 oops=panic no_timer_check";
+
+/// As [`QUIET`] for tests, whose guests must not stop without a word.
+const LOUD: &str = "console=ttyS0 loglevel=7 panic=-1 oops=panic no_timer_check softlockup_panic=1 \
+    rcupdate.rcu_cpu_stall_timeout=30 sysctl.kernel.panic_on_rcu_stall=1 \
+    sysctl.kernel.hung_task_timeout_secs=60 sysctl.kernel.hung_task_panic=1";
+
+/// How QEMU ended, what came out of the second serial port, and out of the first, if there was a script.
+type Booted = (Result<ExitStatus, Failure>, String, String);
+
+fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Result<Booted, Failure> {
     if spec.trace.is_some() {
         return Err(Failure::usage("--trace works with --on userspace only"));
     }
@@ -75,19 +111,26 @@ fn boot(spec: &RunSpec, series: &str, script: Option<&str>) -> Result<(ExitStatu
     let kernel = kernel::find(series, &store)?;
     let plan = module_build::Build { workspace, kernel: kernel.headers.clone() };
     let module = module_build::build::<Failure>(&plan, &mut build::step)?;
-    let archive = initramfs(spec, &kernel, &module.path, &kernel::busybox(&store)?, script)?;
+    let text = script.map(|(text, _)| text);
+    let archive = initramfs(spec, &kernel, &module.path, &kernel::busybox(&store)?, text)?;
 
     let initrd = Temporary::new(&store, "initrd", &archive)?;
     let status = Temporary::new(&store, "status", b"")?;
+    let console = Temporary::new(&store, "console", b"")?;
     let mut machine = Machine::q35("Linux", spec, DEFAULT_MEMORY);
-    machine.kernel(&kernel.image).arg("-initrd").arg(&initrd.0);
-    // Only a panic of the kernel itself is said on the console: the module's messages are passed on by init.
-    machine.args(["-append", "console=ttyS0 quiet loglevel=0 panic=-1 oops=panic no_timer_check"]);
+    machine.self_modifying().kernel(&kernel.image).arg("-initrd").arg(&initrd.0);
+    match script {
+        Some((_, limit)) => machine.console(&console.0).limit(limit).args(["-append", LOUD]),
+        None => machine.args(["-append", QUIET]),
+    };
     let mut serial = std::ffi::OsString::from("file:");
     serial.push(&status.0);
     machine.arg("-serial").arg(serial);
-    let ended = machine.run(spec)?;
-    Ok((ended, fs::read_to_string(&status.0).unwrap_or_default()))
+    let ended = machine.run(spec);
+    let text = |file: &Temporary| {
+        String::from_utf8_lossy(&fs::read(&file.0).unwrap_or_default()).into_owned()
+    };
+    Ok((ended, text(&status), text(&console)))
 }
 
 fn status_of(code: &str) -> Option<ExitStatus> {

@@ -8,9 +8,10 @@ mount -t devtmpfs dev /dev
 stty -F /dev/ttyS0 raw
 stty -F /dev/ttyS1 raw
 
-# The module's messages, without the kernel's own. busybox's insmod tries twice, and one complaint is enough.
+# The module's messages, without the kernel's own, unless a test has the kernel say everything itself. busybox's insmod
+# tries twice, and one complaint is enough.
 last=
-while IFS= read -r line; do
+[ -f /script ] || while IFS= read -r line; do
 	text=${line#*\] }
 	[ "$text" = "$last" ] && continue
 	last=$text
@@ -59,7 +60,16 @@ if [ $links = 1 ]; then
 	ip link set ak0 up
 fi
 
+# The host asks for the end with Ctrl-C on the console.
+(
+	while byte=$(dd bs=1 count=1 2>/dev/null); do
+		[ "$byte" = "$(printf '\003')" ] && break
+	done
+	: >/stop
+) </dev/ttyS0 &
+
 while :; do
+	[ -e /stop ] && break
 	read -r state code </sys/module/anykernel/parameters/status
 	case $state in
 	ended | dead) break ;;
@@ -67,4 +77,4 @@ while :; do
 	sleep 0.2
 done
 rmmod anykernel
-end "$code"
+end "${code:-0}"
