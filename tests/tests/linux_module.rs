@@ -2,15 +2,15 @@
 //! load, and the file server through the user's own command. Needs `qemu-system-x86_64`, `mkfs.ext4`, curl and Debian's
 //! packages of the kernels (fetched without privileges when they are not installed).
 
+use anykernel_tests::{Running, anykernel, free_port};
 use anykernel_userspace::{DiskSpec, RunSpec, qemu::linux_module};
 use hypercall::ExitStatus;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -319,40 +319,15 @@ fn unloads_under_load_from_6_12() {
     unload_under_load("6.12", 20);
 }
 
-/// The command that users run, built as they build it.
-fn anykernel() -> PathBuf {
-    if let Some(path) = std::env::var_os("ANYKERNEL") {
-        return path.into();
-    }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let built = Command::new(env!("CARGO"))
-        .current_dir(root)
-        .args(["build", "--quiet", "--package", "anykernel-userspace", "--bin", "anykernel"])
-        .status();
-    assert!(built.expect("cargo runs").success());
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    target.join("debug/anykernel")
-}
-
-struct Server(Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn httpd_serves_every_byte_through_the_module() {
     let dir = tempfile::tempdir().unwrap();
     let (image, sums) = image(dir.path(), 120);
     let before = Sha256::digest(fs::read(&image).unwrap());
-    let program = anykernel();
     for series in SERIES {
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let server = Command::new(&program)
+        let port = free_port();
+        let server = Command::new(anykernel())
             .args(["run", "httpd", "--on", "linux-module", "--cpus", "2", "--disk"])
             .arg(&image)
             .args(["--publish", &format!("{port}:80")])
@@ -360,7 +335,7 @@ fn httpd_serves_every_byte_through_the_module() {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let mut server = Server(server);
+        let mut server = Running(server);
         let start = Instant::now();
         while !fetch(port, "", &dir.path().join("index")) {
             assert!(server.0.try_wait().unwrap().is_none(), "the run ended");
@@ -396,9 +371,8 @@ fn httpd_serves_every_byte_through_the_module() {
             assert_eq!(format!("{:x}", Sha256::digest(&content)), *sum, "{name} on Linux {series}");
             let _ = fs::remove_file(dir.path().join(i.to_string()));
         }
-        let asked = Command::new("kill").args(["-INT", &server.0.id().to_string()]).status();
-        assert!(asked.unwrap().success());
-        assert!(server.0.wait().unwrap().success(), "Ctrl-C is a good end");
+        server.interrupt();
+        assert!(server.end(PATIENCE).success(), "Ctrl-C is a good end");
     }
     assert_eq!(Sha256::digest(fs::read(&image).unwrap()), before, "the image was written to");
 }

@@ -1,5 +1,11 @@
 //! The console: the first serial port (16550, at 0x3f8), polled, so that it works in any context.
 
+#[cfg(feature = "drivers")]
+mod listen;
+
+#[cfg(feature = "drivers")]
+pub(crate) use listen::listen;
+
 use crate::cpu::regs::{inb, outb};
 use crate::sync::SpinLock;
 use core::fmt;
@@ -22,11 +28,7 @@ static LAST_WORDS: AtomicBool = AtomicBool::new(false);
 
 /// Sets the port up: 115,200 baud, 8N1, buffers on, no interrupts.
 pub(crate) fn init() {
-    let _uart = UART.lock();
-    for (register, value) in [(1, 0x00), (3, 0x80), (0, 0x01), (1, 0x00), (3, 0x03), (2, 0x07), (4, 0x03)] {
-        // SAFETY: the serial port's registers; where there is none, nobody listens.
-        unsafe { outb(PORT + register, value) };
-    }
+    set(&[(1, 0x00), (3, 0x80), (0, 0x01), (1, 0x00), (3, 0x03), (2, 0x07), (4, 0x03)]);
 }
 
 /// The serial port's interrupt line.
@@ -41,6 +43,14 @@ pub fn interrupt_by_serial_port() {
         outb(PORT + 1, 0);
         inb(PORT + 2);
         outb(PORT + 1, 2);
+    }
+}
+
+fn set(registers: &[(u16, u8)]) {
+    let _uart = UART.lock();
+    for (register, value) in registers {
+        // SAFETY: the serial port's registers; where there is none, nobody listens.
+        unsafe { outb(PORT + register, *value) };
     }
 }
 

@@ -97,7 +97,7 @@ fn run() -> ExitStatus {
     }
     let kernel = Kernel::new(Machine, config);
     #[cfg(feature = "drivers")]
-    if let Err(error) = drivers(&kernel) {
+    if let Err(error) = crate::console::listen(&kernel).and_then(|()| drivers(&kernel)) {
         log::error!("{error}");
         return ExitStatus::Failure;
     }

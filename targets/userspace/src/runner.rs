@@ -9,7 +9,7 @@ use hypercall::layers::Traced;
 use hypercall::{ExitStatus, Host, HostBlock, HostLink};
 use serde_json::json;
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -36,13 +36,27 @@ pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let status = match target {
         // Says more when it ends.
         Target::Userspace => return userspace(spec),
-        Target::Rumprun => qemu::rumprun::run(spec),
-        Target::LinuxModule => qemu::linux_module::run(spec),
+        Target::Rumprun => qemu::rumprun::run(&with_ports(spec)?),
+        Target::LinuxModule => qemu::linux_module::run(&with_ports(spec)?),
     }?;
     if spec.json {
         announce(spec, &json!({ "event": "exit", "status": status.code() }), "");
     }
     Ok(status)
+}
+
+/// The same with a free port wherever port 0 asks for one: QEMU would not tell which it took.
+fn with_ports(spec: &RunSpec) -> Result<RunSpec, Failure> {
+    let mut spec = spec.clone();
+    for publish in &mut spec.publish {
+        let listener = TcpListener::bind(publish.host);
+        let listener = listener.map_err(|error| crate::spec::port_failure(publish.host, &error))?;
+        if publish.host.port() == 0 {
+            let chosen = listener.local_addr().map_err(|error| Failure::new(error.to_string()))?;
+            publish.host.set_port(chosen.port());
+        }
+    }
+    Ok(spec)
 }
 
 /// What can be said before anything starts.

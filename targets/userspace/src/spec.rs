@@ -82,7 +82,7 @@ impl FromStr for DiskSpec {
 /// A port of the host that leads to a TCP port of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Publish {
-    /// Where the host listens; 127.0.0.1 unless said otherwise. Port 0 picks a free one (userspace only).
+    /// Where the host listens; 127.0.0.1 unless said otherwise. Port 0 picks a free one.
     pub host: SocketAddrV4,
     /// The port in the guest.
     pub guest: u16,

@@ -57,6 +57,19 @@ fn sha256(files: &dyn Namespace, path: &[u8], step: usize) -> Result<String, Str
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// Lines that [`hold`] writes.
+const HELD_LINES: usize = 10_000;
+
+/// Writes a file and leaves it to others to sync it.
+pub(crate) fn hold<H: Host>(kernel: &Arc<Kernel<H>>, report: &mut Report<H>, path: &[u8]) {
+    let write = || -> Outcome {
+        let text: String = (0..HELD_LINES).map(|line| format!("line {line}\n")).collect();
+        let file = namespace(kernel)?.open(path, OpenOptions::CREATE).map_err(at(path))?;
+        file.write_at(0, text.as_bytes()).map(drop).map_err(at(path))
+    };
+    report.result("hold/written", write());
+}
+
 /// Every file named in `directory/SHA256SUMS` has the checksum given there, read by several threads at once.
 pub(crate) fn checksums<H: Host>(
     kernel: &Arc<Kernel<H>>,

@@ -6,6 +6,9 @@
 //!
 //! Disks it knows: a file `/SHA256SUMS` (`<hex>  <path>` a line, as sha256sum(1) writes) is checked whole; a FAT
 //! file system mounted at `/fat` is checked in the same way, and written to when it is not read-only.
+//!
+//! `selftest hold` is for trying what an end from outside does: it writes `/held.txt`, does not sync it, and waits until
+//! the instance is stopped.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -34,8 +37,13 @@ pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
     let mut report = Report::new(kernel.host());
     let groups: &[&str] = &["conformance", "ext4", "fat", "tmpfs", "network"];
     let wanted = kernel.config().app.get(1..).unwrap_or_default();
+    if wanted == ["hold"] {
+        files::hold(kernel, &mut report, b"/held.txt");
+        kernel.wait_for_stop();
+        return report.finish();
+    }
     if let Some(unknown) = wanted.iter().find(|name| !groups.contains(&name.as_str())) {
-        log::error!("selftest: unknown group {unknown}; known are {}", groups.join(", "));
+        log::error!("selftest: unknown group {unknown}; known are {}, and hold alone", groups.join(", "));
         return ExitStatus::Usage;
     }
     let runs = |group: &str| wanted.is_empty() || wanted.iter().any(|name| name == group);

@@ -127,9 +127,8 @@ fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Resul
     serial.push(&status.0);
     machine.arg("-serial").arg(serial);
     let ended = machine.run(spec);
-    let text = |file: &Temporary| {
-        String::from_utf8_lossy(&fs::read(&file.0).unwrap_or_default()).into_owned()
-    };
+    let text =
+        |file: &Temporary| String::from_utf8_lossy(&fs::read(&file.0).unwrap_or_default()).into_owned();
     Ok((ended, text(&status), text(&console)))
 }
 

@@ -6,7 +6,7 @@ use crate::{Failure, NetSpec, RunSpec};
 use hypercall::ExitStatus;
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -149,9 +149,6 @@ impl Machine {
     /// Starts QEMU, streams the guest's console, and returns how the guest ended. Ctrl-C asks the guest to end, and ends
     /// the machine if it does not. Call it on the main thread: QEMU dies with the thread that started it.
     pub fn run(&self, spec: &RunSpec) -> Result<ExitStatus, Failure> {
-        if spec.net == NetSpec::User {
-            ports_are_free(spec)?;
-        }
         let start = Instant::now();
         let mut command = self.command();
         let stdin = if self.console.is_some() { Stdio::null() } else { Stdio::piped() };
@@ -230,14 +227,6 @@ fn writes(spec: &RunSpec) -> bool {
 /// How long a guest may take to end after Ctrl-C.
 fn grace(spec: &RunSpec) -> Duration {
     Duration::from_secs(if writes(spec) { 15 } else { 3 })
-}
-
-/// QEMU says it in a way that only QEMU's friends understand, so we look first.
-fn ports_are_free(spec: &RunSpec) -> Result<(), Failure> {
-    for publish in &spec.publish {
-        TcpListener::bind(publish.host).map_err(|error| crate::spec::port_failure(publish.host, &error))?;
-    }
-    Ok(())
 }
 
 /// Says when the file server answers on its published port. QEMU accepts connections before the guest does, so only an

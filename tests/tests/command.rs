@@ -1,0 +1,132 @@
+//! `anykernel run` as users meet it, on every target alike: what it says, how it ends, and what it leaves on the disks.
+//! Needs QEMU, curl, tshark, mtools and dosfstools.
+
+use anykernel_tests::{Running, anykernel, line};
+use serde_json::Value;
+use std::io::{BufRead, Read};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+const TARGETS: [&[&str]; 4] = [
+    &["--on", "userspace"],
+    &["--on", "rumprun"],
+    &["--on", "rumprun", "--machine", "q35", "--cpus", "2"],
+    &["--on", "linux-module"],
+];
+
+/// Longer than any boot takes on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// One boot at a time: the machine's CPUs are few.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn tool(program: &str, arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
+    let output = Command::new(program).args(arguments.iter().map(|argument| argument.as_ref())).output();
+    output.unwrap_or_else(|error| panic!("{program}: {error}"))
+}
+
+fn text(output: &[u8]) -> String {
+    String::from_utf8_lossy(output).into_owned()
+}
+
+/// A FAT image with one file.
+fn fat(dir: &Path) -> PathBuf {
+    let image = dir.join("disk.fat");
+    std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    assert!(tool("/sbin/mkfs.fat", &[&"-F", &"32", &image]).status.success());
+    let file = dir.join("hello.txt");
+    std::fs::write(&file, "hello").unwrap();
+    assert!(tool("mcopy", &[&"-i", &image, &file, &"::hello.txt"]).status.success());
+    image
+}
+
+#[test]
+fn events_and_frames_are_the_same_on_every_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = fat(dir.path());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    for target in TARGETS {
+        let frames = dir.path().join("frames.pcap");
+        let mut command = Command::new(anykernel());
+        command.args(["run", "httpd", "--json", "--log", "info", "--publish", "0:80", "--disk"]).arg(&image);
+        let (mut run, mut stdout) = Running::start(command.arg("--pcap").arg(&frames).args(target));
+        let event = |line: &str| -> Value {
+            serde_json::from_str(line).unwrap_or_else(|error| panic!("{target:?}: {error}: {line:?}"))
+        };
+        let publish = line(&mut stdout, |line| Some(event(line)).filter(|event| event["event"] != "console"));
+        assert_eq!(publish["event"], "publish", "{target:?}: {publish}");
+        assert_eq!(publish["guest"], 80, "{target:?}: {publish}");
+        let host = publish["host"].as_str().unwrap();
+        let body = tool("curl", &[&"-s", &"--fail", &format!("http://{host}/hello.txt")]);
+        assert_eq!(text(&body.stdout), "hello", "{target:?}");
+
+        run.interrupt();
+        let rest: Vec<Value> = stdout.lines().map(|line| event(&line.unwrap())).collect();
+        assert!(run.end(PATIENCE).success(), "{target:?}: {rest:?}");
+        let (exit, before) = rest.split_last().unwrap();
+        assert_eq!((&exit["event"], &exit["status"]), (&"exit".into(), &0.into()), "{target:?}");
+        assert!(before.iter().all(|event| event["event"] == "console" && event["line"].is_string()));
+
+        // The request as Wireshark reads it, and nothing that it finds malformed.
+        let fields =
+            ["-Y", "http.request.uri == \"/hello.txt\"", "-T", "fields", "-e", "ip.dst", "-e", "tcp.dstport"];
+        let found = Command::new("tshark").arg("-r").arg(&frames).args(fields).output().unwrap();
+        assert_eq!(text(&found.stdout).trim(), "10.0.2.15\t80", "{target:?}: {}", text(&found.stderr));
+        let bad = tool("tshark", &[&"-r", &frames, &"-Y", &"_ws.malformed || ip.checksum.status == 0"]);
+        assert!(bad.status.success() && bad.stdout.is_empty(), "{target:?}: {}", text(&bad.stdout));
+    }
+}
+
+#[test]
+fn ctrl_c_loses_nothing_that_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let expected: String = (0..10_000).map(|line| format!("line {line}\n")).collect();
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    for target in TARGETS {
+        let image = fat(dir.path());
+        let disk = format!("{}:rw", image.display());
+        let mut command = Command::new(anykernel());
+        command.args(["run", "selftest", "--disk", &disk]);
+        let (mut run, mut stdout) = Running::start(command.args(target).args(["--net", "none", "hold"]));
+        let written = line(&mut stdout, |line| line.contains("hold/written").then(|| line.to_owned()));
+        assert!(written.contains("pass"), "{target:?}: {written}");
+
+        let start = Instant::now();
+        run.interrupt();
+        let mut rest = String::new();
+        stdout.read_to_string(&mut rest).unwrap();
+        assert!(run.end(PATIENCE).success(), "{target:?}: {rest}");
+        assert!(start.elapsed() < Duration::from_secs(14), "{target:?}: it had to be killed: {rest}");
+        let held = tool("mtype", &[&"-i", &image, &"::held.txt"]);
+        assert!(text(&held.stdout) == expected, "{target:?}: {}", text(&held.stderr));
+        let check = tool("/sbin/fsck.fat", &[&"-n", &image]);
+        assert!(check.status.success(), "{target:?}: {}", text(&check.stdout));
+    }
+}
+
+/// The command fails with that status and one line in which all of the words are.
+#[track_caller]
+fn fails(command: &mut Command, status: i32, words: &[&str]) {
+    let output = command.output().unwrap();
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{stderr}{}", text(&output.stdout));
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(words.iter().all(|word| stderr.contains(word)), "{words:?} not all in: {stderr}");
+}
+
+#[test]
+fn a_port_in_use_is_said_in_one_line_by_every_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = fat(dir.path());
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    for target in TARGETS {
+        let mut command = Command::new(anykernel());
+        command.args(["run", "httpd", "--publish", &format!("{port}:80"), "--disk"]).arg(&image).args(target);
+        fails(&mut command, 1, &[&format!("port {port}"), "in use", "publish another port"]);
+    }
+}
