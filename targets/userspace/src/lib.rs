@@ -8,6 +8,7 @@
 pub mod apps;
 mod disk;
 pub mod gateway;
+mod heap;
 mod host;
 mod instance;
 pub mod interrupt;
@@ -21,6 +22,7 @@ mod spec;
 pub mod trace;
 
 pub use disk::HostDisk;
+pub use heap::Heap;
 pub use host::{ConsoleSink, ConsoleText, DomainExit, HostOwner, HostSetup, PosixHost};
 pub use instance::{Builder, Instance};
 pub use link::Link;

@@ -3,6 +3,9 @@
 
 mod cli;
 
+#[global_allocator]
+static HEAP: anykernel_userspace::Heap = anykernel_userspace::Heap::new();
+
 fn main() -> std::process::ExitCode {
     cli::main()
 }
