@@ -21,11 +21,18 @@ pub struct Record {
     pub theirs: f64,
     /// Median of the runs' ratios.
     pub ratio: f64,
+    /// The least ratio that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub goal: Option<f64>,
     /// How often each was measured.
     pub runs: usize,
     /// (max - min) / median of the ratios.
     pub spread: f64,
-    /// Published figures of others, marked as such; what was asked for.
+    /// The smallest of the ratios.
+    pub ratio_min: f64,
+    /// The largest.
+    pub ratio_max: f64,
+    /// Published figures of others, marked as such, and what else is to be said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
@@ -75,10 +82,26 @@ impl Record {
             peer: peer.into(),
             theirs: median(theirs),
             ratio,
+            goal: None,
             runs: ratios.len(),
             spread: (max - min) / ratio,
+            ratio_min: min,
+            ratio_max: max,
             note: None,
         }
+    }
+
+    /// Sets the ratio that was asked for.
+    #[must_use]
+    pub fn goal(self, ratio: f64) -> Self {
+        Self { goal: Some(ratio), ..self }
+    }
+
+    /// Sets the most that `ours` was to be, for what is better when lower.
+    #[must_use]
+    pub fn at_most(self, ours: f64) -> Self {
+        let ratio = self.theirs / ours;
+        self.goal(ratio)
     }
 
     /// Adds a note.
@@ -94,7 +117,7 @@ impl Record {
             println!("{}", serde_json::to_string(self).unwrap_or_default());
         } else {
             println!(
-                "{:<9} {:<26} {:<13} {:>12.1} {:<12} {} {:.1}: {:.2}x (spread {:.2}, {} runs){}",
+                "{:<9} {:<38} {:<13} {:>12.1} {:<12} {} {:.1}: {:.2}x{} (spread {:.2}, {} runs){}",
                 self.bench,
                 self.case,
                 self.target,
@@ -103,6 +126,7 @@ impl Record {
                 self.peer,
                 self.theirs,
                 self.ratio,
+                self.goal.map(|goal| format!(", goal {goal:.2}x")).unwrap_or_default(),
                 self.spread,
                 self.runs,
                 self.note.as_ref().map(|note| format!("; {note}")).unwrap_or_default()

@@ -5,6 +5,10 @@ use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+// As the `anykernel` command has it.
+#[global_allocator]
+static HEAP: anykernel_userspace::Heap = anykernel_userspace::Heap::new();
+
 #[derive(Parser)]
 #[command(about = "Benchmarks against peers in the same run")]
 struct Cli {

@@ -59,7 +59,7 @@ pub fn bench(programs: &Path, dir: &Path) -> Result {
                 &ours,
                 ("Debian 6.1 to its first process, q35", &theirs),
             )
-            .note("asked for: at most 1.5 million"),
+            .at_most(1.5e6),
         );
     }
     Ok(records)

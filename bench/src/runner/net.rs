@@ -2,7 +2,7 @@
 //!
 //! Everything runs in a network namespace of its own (root). All guests are up at once and are loaded in turns.
 
-use super::{Result, linux};
+use super::{Result, linux, run};
 use crate::record::{Better, Record};
 use anykernel_userspace::qemu::Accelerator;
 use serde_json::{Value, json};
@@ -34,15 +34,6 @@ impl Drop for Ends {
             let _ = child.wait();
         }
         let _ = Command::new("ip").args(["netns", "delete", NAMESPACE]).status();
-    }
-}
-
-fn run(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().map_err(|error| format!("{command:?}: {error}"))?;
-    if output.status.success() {
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    } else {
-        Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim()))
     }
 }
 
@@ -168,7 +159,7 @@ pub fn bench(anykernel: &Path, programs: &Path, dir: &Path) -> Result {
         }
         let peer = if case.starts_with("http") { "nginx on Debian 6.1" } else { "Debian 6.1" };
         let record = Record::new(("net", case, "rumprun"), unit, Better::Higher, &ours, (peer, &theirs));
-        records.push(record.note(format!("asked for: at least {goal}")));
+        records.push(record.goal(goal));
     }
     Ok(records)
 }
