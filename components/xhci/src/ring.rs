@@ -1,0 +1,218 @@
+//! Rings of blocks (xHCI 1.2, 4.9): transfer and command rings, which we fill, and event rings, which the controller fills.
+//!
+//! Each is one segment. A cycle bit tells the blocks of this lap from those of the last.
+
+use crate::dma::{DmaMemory, Quiet};
+use crate::trb::{self, Trb, bit, kind};
+use alloc::vec::Vec;
+use hypercall::{Dma, Result};
+
+/// No segment may cross this boundary (6.1, table 6-1).
+const SEGMENT_BOUNDARY: usize = 1 << 16;
+
+fn write<H: Dma>(memory: &DmaMemory<H>, index: usize, block: Trb, cycle: bool) {
+    let at = index * trb::BYTES;
+    memory.write64(at, block.parameter);
+    memory.write32(at + 8, block.status);
+    // The cycle bit last: it hands the block over.
+    memory.write32(at + 12, block.control & !bit::CYCLE | u32::from(cycle));
+}
+
+/// A ring that we fill.
+pub(crate) struct Producer<H: Dma> {
+    memory: DmaMemory<H>,
+    /// Where the next block goes.
+    enqueue: usize,
+    cycle: bool,
+}
+
+impl<H: Dma> Producer<H> {
+    /// A ring of `blocks` (at most 4096), a link among them.
+    pub(crate) fn new(host: H, blocks: usize) -> Result<Self> {
+        let bytes = (blocks * trb::BYTES).min(SEGMENT_BOUNDARY);
+        // Aligned to its size, it crosses no boundary.
+        Ok(Self { memory: DmaMemory::new(host, bytes, bytes.next_power_of_two())?, enqueue: 0, cycle: true })
+    }
+
+    /// How many blocks it has, the link included.
+    pub(crate) fn len(&self) -> usize {
+        self.memory.len() / trb::BYTES
+    }
+
+    /// Where the controller starts after [`Producer::reset`], with the cycle bit that it expects there (bit 0).
+    pub(crate) fn start(&self) -> u64 {
+        self.memory.device_addr(0) | 1
+    }
+
+    /// The block at a device address.
+    pub(crate) fn index_of(&self, address: u64) -> Option<usize> {
+        let offset = usize::try_from(address.checked_sub(self.memory.device_addr(0))?).ok()?;
+        (offset < self.memory.len() && offset.is_multiple_of(trb::BYTES)).then_some(offset / trb::BYTES)
+    }
+
+    /// Forgets everything. The controller must not be reading it.
+    pub(crate) fn reset(&mut self) {
+        for index in 0..self.len() {
+            write(&self.memory, index, Trb::default(), false);
+        }
+        (self.enqueue, self.cycle) = (0, true);
+    }
+
+    /// Where `count` blocks in one piece would go, if `oldest` is the first block that the controller may still read; `None`: there is
+    /// no room now. At least one block stays free.
+    fn room(&self, count: usize, oldest: Option<usize>) -> Option<usize> {
+        let end = self.len() - 1;
+        match oldest {
+            Some(oldest) if oldest > self.enqueue => (self.enqueue + count < oldest).then_some(self.enqueue),
+            _ if self.enqueue + count <= end => Some(self.enqueue),
+            // Around the end: up to what is still read, and the link that is about to be written.
+            oldest => (count < oldest.unwrap_or(self.enqueue)).then_some(0),
+        }
+    }
+
+    /// Writes `blocks` in one piece and hands them over; returns the index of the first. See [`Producer::room`].
+    ///
+    /// A link is written wherever the piece does not fit before the end, so that no transfer has one in its middle.
+    pub(crate) fn push(&mut self, blocks: &[Trb], oldest: Option<usize>) -> Option<usize> {
+        let place = self.room(blocks.len(), oldest)?;
+        if place != self.enqueue {
+            // What lies behind the link was perhaps not written in this lap: it must not look valid in the next.
+            for index in self.enqueue + 1..self.len() {
+                write(&self.memory, index, Trb::default(), self.cycle);
+            }
+            let link =
+                Trb { parameter: self.memory.device_addr(0), status: 0, control: kind::LINK | bit::TOGGLE };
+            write(&self.memory, self.enqueue, link, self.cycle);
+            (self.enqueue, self.cycle) = (0, !self.cycle);
+        }
+        let (first, rest) = blocks.split_first()?;
+        for (index, block) in rest.iter().enumerate() {
+            write(&self.memory, place + 1 + index, *block, self.cycle);
+        }
+        write(&self.memory, place, *first, self.cycle);
+        self.enqueue = place + blocks.len();
+        Some(place)
+    }
+
+    /// Turns the `count` blocks from `first` on into blocks that do nothing. The controller must not be reading the ring.
+    pub(crate) fn blank(&mut self, first: usize, count: usize) {
+        for index in first..(first + count).min(self.len()) {
+            let cycle = self.memory.read32(index * trb::BYTES + 12) & bit::CYCLE != 0;
+            write(&self.memory, index, Trb { control: kind::NO_OP, ..Trb::default() }, cycle);
+        }
+    }
+
+    pub(crate) fn free(self, quiet: &Quiet) {
+        self.memory.free(quiet);
+    }
+}
+
+/// The command ring: blocks in flight carry a `T`.
+pub(crate) struct Commands<H: Dma, T> {
+    ring: Producer<H>,
+    pending: Vec<Option<T>>,
+    /// Index of the oldest in flight, in the order of the ring.
+    in_flight: alloc::collections::VecDeque<usize>,
+}
+
+impl<H: Dma, T> Commands<H, T> {
+    const BLOCKS: usize = 64;
+
+    pub(crate) fn new(host: H) -> Result<Self> {
+        let pending = (0..Self::BLOCKS).map(|_| None).collect();
+        Ok(Self { ring: Producer::new(host, Self::BLOCKS)?, pending, in_flight: Default::default() })
+    }
+
+    /// For the command ring control register.
+    pub(crate) fn start(&self) -> u64 {
+        self.ring.start()
+    }
+
+    /// Hands a command over, or gives it back: no room now.
+    pub(crate) fn push(&mut self, block: Trb, token: T) -> Result<(), T> {
+        let Some(index) = self.ring.push(&[block], self.in_flight.front().copied()) else {
+            return Err(token);
+        };
+        if let Some(place) = self.pending.get_mut(index) {
+            *place = Some(token);
+        }
+        self.in_flight.push_back(index);
+        Ok(())
+    }
+
+    /// The command whose block is at `address` is over.
+    pub(crate) fn take(&mut self, address: u64) -> Option<T> {
+        let index = self.ring.index_of(address)?;
+        let token = self.pending.get_mut(index)?.take()?;
+        self.in_flight.retain(|one| *one != index);
+        Some(token)
+    }
+
+    /// All in flight, oldest first.
+    pub(crate) fn drain(&mut self) -> Vec<T> {
+        let pending = &mut self.pending;
+        self.in_flight.drain(..).filter_map(|index| pending.get_mut(index)?.take()).collect()
+    }
+
+    pub(crate) fn free(self, quiet: &Quiet) {
+        self.ring.free(quiet);
+    }
+}
+
+/// An event ring (4.9.4) and its segment table (6.5).
+pub(crate) struct Events<H: Dma> {
+    memory: DmaMemory<H>,
+    table: DmaMemory<H>,
+    dequeue: usize,
+    cycle: bool,
+}
+
+impl<H: Dma + Copy> Events<H> {
+    /// Blocks of an event ring. There are never so many events in flight: see `MAX_IN_FLIGHT`.
+    pub(crate) const BLOCKS: usize = 1024;
+
+    pub(crate) fn new(host: H) -> Result<Self> {
+        let bytes = Self::BLOCKS * trb::BYTES;
+        let memory = DmaMemory::new(host, bytes, bytes)?;
+        let table = DmaMemory::new(host, 64, 64)?;
+        table.write64(0, memory.device_addr(0));
+        table.write64(8, Self::BLOCKS as u64);
+        Ok(Self { memory, table, dequeue: 0, cycle: true })
+    }
+
+    /// For the segment table base register.
+    pub(crate) fn table(&self) -> u64 {
+        self.table.device_addr(0)
+    }
+
+    /// For the dequeue pointer register.
+    pub(crate) fn dequeue(&self) -> u64 {
+        self.memory.device_addr(self.dequeue * trb::BYTES)
+    }
+
+    /// Whether there is an event.
+    pub(crate) fn is_ready(&self) -> bool {
+        let control = self.memory.read32(self.dequeue * trb::BYTES + 12);
+        (control & bit::CYCLE != 0) == self.cycle
+    }
+
+    /// Takes the next event.
+    pub(crate) fn pop(&mut self) -> Option<Trb> {
+        let at = self.dequeue * trb::BYTES;
+        let control = self.memory.read32(at + 12);
+        if (control & bit::CYCLE != 0) != self.cycle {
+            return None;
+        }
+        let event = Trb { parameter: self.memory.read64(at), status: self.memory.read32(at + 8), control };
+        self.dequeue += 1;
+        if self.dequeue == Self::BLOCKS {
+            (self.dequeue, self.cycle) = (0, !self.cycle);
+        }
+        Some(event)
+    }
+
+    pub(crate) fn free(self, quiet: &Quiet) {
+        self.memory.free(quiet);
+        self.table.free(quiet);
+    }
+}
