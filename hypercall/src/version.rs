@@ -50,6 +50,17 @@ pub trait Versions {
     /// Every contract that this host implements, in the version it was compiled against.
     /// Context: any. Never blocks, cannot fail. (rumpuser(3): the version argument of `rumpuser_init`.)
     fn contracts(&self) -> &'static [ContractVersion];
+
+    /// This host as the component `name` is to use it. A host gives itself; a layer that tells components apart, such as
+    /// [`crate::layers::Traced`], gives a handle that knows. Reaches no host, so it is no hypercall. Context: any.
+    #[must_use]
+    fn of_component(self, name: &'static str) -> Self
+    where
+        Self: Sized,
+    {
+        let _ = name;
+        self
+    }
 }
 
 /// A component and a host that do not fit.

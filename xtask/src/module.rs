@@ -14,7 +14,7 @@ pub(crate) fn run_build(kernel: Option<&Path>, output: Option<&Path>) -> Result 
         Some(kernel) => kernel.to_path_buf(),
         None => running()?,
     };
-    let plan = Build { workspace: root(), kernel };
+    let plan = Build { workspace: root(), kernel, feature: None };
     let module = build::<String>(&plan, &mut |what, mut command| {
         step(what);
         run(&mut command)

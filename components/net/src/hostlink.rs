@@ -40,7 +40,7 @@ struct HostQueue<H: Host + HostLink> {
 /// Registers every link of the host as `nicN`. Context: thread.
 pub fn register<H: Host + HostLink>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     kernel.admit(MANIFEST)?;
-    let host = kernel.host();
+    let host = kernel.host().of_component("hostlink");
     for link in 0..host.link_count() {
         let name = format!("nic{}", kernel.nics().len());
         let fail = |error| StartError::Host { what: format!("opening host link {link} as {name}"), error };

@@ -190,7 +190,7 @@ impl<H: Host> Stack<H> {
 /// Context: thread.
 pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     kernel.admit(MANIFEST)?;
-    let host = kernel.host();
+    let host = kernel.host().of_component("net");
     let fail = |what: &str| {
         let what = String::from(what);
         move |error| StartError::Host { what, error }

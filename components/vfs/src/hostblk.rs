@@ -50,7 +50,7 @@ struct Queue {
 /// kernel's file systems start.
 pub fn register<H: Host + HostBlock>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     kernel.admit(MANIFEST)?;
-    let host = kernel.host();
+    let host = kernel.host().of_component("hostblk");
     for disk in 0..host.disk_count() {
         let name = format!("disk{disk}");
         let info = host

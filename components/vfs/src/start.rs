@@ -30,8 +30,8 @@ pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     kernel.admit(MANIFEST)?;
     let cache = BlockCache::for_kernel(kernel);
     kernel.add_fs_type(Arc::new(Ext4::new(kernel, cache.clone())));
-    kernel.add_fs_type(Arc::new(VFat::new(kernel.host(), cache)));
-    kernel.add_fs_type(Arc::new(TmpFs::new(kernel.host())));
+    kernel.add_fs_type(Arc::new(VFat::new(kernel.host().of_component("vfat"), cache)));
+    kernel.add_fs_type(Arc::new(TmpFs::new(kernel.host().of_component("tmpfs"))));
     partition::scan(kernel);
     let tree = MountTree::new(kernel);
     kernel.set_namespace(tree.clone());

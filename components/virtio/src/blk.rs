@@ -126,7 +126,7 @@ impl<H: DeviceHost> Blk<H> {
     }
 
     fn set_up(kernel: &Arc<Kernel<H>>, place: Place, transport: &mut Transport<H>) -> Result<Parts<H>> {
-        let host = kernel.host();
+        let host = kernel.host().of_component("virtblk");
         let features = transport.negotiate(|_| {
             spec::F_SIZE_MAX | spec::F_SEG_MAX | spec::F_RO | spec::F_BLK_SIZE | spec::F_FLUSH | spec::F_MQ
         })?;

@@ -49,7 +49,7 @@ const CONTRACTS: &[ContractVersion] = &[
 pub fn probe<H: DeviceHost>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     kernel.admit(BLK_MANIFEST)?;
     kernel.admit(NET_MANIFEST)?;
-    let host = kernel.host();
+    let host = kernel.host().of_component("virtio");
 
     let mut devices = Vec::new();
     host.mmio_devices(&mut |device| devices.push(device));

@@ -4,7 +4,7 @@ use super::{TraceEvent, TraceRing};
 use core::fmt::{self, Write};
 
 /// Writes trace events as JSON, "Trace Event Format", object form. One row per CPU; calls in which a thread sleeps are
-/// asynchronous spans beside it, because several of them overlap on one CPU.
+/// asynchronous spans beside it, because several of them overlap on one CPU. The category is the component that called.
 ///
 /// The document is complete after [`ChromeWriter::finish`]; one that was cut off before is still read by both viewers.
 pub struct ChromeWriter<W> {
@@ -31,7 +31,7 @@ impl<W: Write> ChromeWriter<W> {
     /// Writes one event.
     pub fn event(&mut self, event: &TraceEvent) -> fmt::Result {
         self.events += 1;
-        let (name, cpu) = (event.call.name(), event.cpu.0);
+        let (name, cpu, component) = (event.call.name(), event.cpu.0, event.component.as_str());
         let start = Micros(event.start_ns);
         let end = Micros(event.start_ns.saturating_add(event.duration_ns));
         let out = &mut self.out;
@@ -39,18 +39,21 @@ impl<W: Write> ChromeWriter<W> {
             let id = self.events;
             write!(
                 out,
-                ",\n{{\"name\":\"{name}\",\"cat\":\"wait\",\"ph\":\"b\",\"id\":{id},\"pid\":1,\"tid\":{cpu}"
+                ",\n{{\"name\":\"{name}\",\"cat\":\"{component}\",\"ph\":\"b\",\"id\":{id},\"pid\":1,\"tid\":{cpu}"
             )?;
             write!(out, ",\"ts\":{start}")?;
             arguments(out, event)?;
             write!(
                 out,
-                "}},\n{{\"name\":\"{name}\",\"cat\":\"wait\",\"ph\":\"e\",\"id\":{id},\"pid\":1,\"tid\":{cpu}"
+                "}},\n{{\"name\":\"{name}\",\"cat\":\"{component}\",\"ph\":\"e\",\"id\":{id},\"pid\":1,\"tid\":{cpu}"
             )?;
             write!(out, ",\"ts\":{end}}}")
         } else {
             let duration = Micros(event.duration_ns);
-            write!(out, ",\n{{\"name\":\"{name}\",\"cat\":\"call\",\"ph\":\"X\",\"pid\":1,\"tid\":{cpu}")?;
+            write!(
+                out,
+                ",\n{{\"name\":\"{name}\",\"cat\":\"{component}\",\"ph\":\"X\",\"pid\":1,\"tid\":{cpu}"
+            )?;
             write!(out, ",\"ts\":{start},\"dur\":{duration}")?;
             arguments(out, event)?;
             out.write_str("}")
@@ -58,7 +61,7 @@ impl<W: Write> ChromeWriter<W> {
     }
 
     /// Writes everything that is in `ring` now and returns how much that was.
-    pub fn drain(&mut self, ring: &TraceRing) -> Result<u64, fmt::Error> {
+    pub fn drain(&mut self, ring: TraceRing) -> Result<u64, fmt::Error> {
         let before = self.events;
         while let Some(event) = ring.pop() {
             self.event(&event)?;

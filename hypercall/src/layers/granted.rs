@@ -84,6 +84,10 @@ impl<H: Versions> Versions for Granted<H> {
     fn contracts(&self) -> &'static [ContractVersion] {
         self.host.contracts()
     }
+    #[inline]
+    fn of_component(self, name: &'static str) -> Self {
+        Self { host: self.host.of_component(name), book: self.book }
+    }
 }
 
 impl<H: Console + Clock> Clock for Granted<H> {

@@ -3,6 +3,8 @@
 //! A layer is a `Copy` handle, has every driver contract that the host inside has, and may be put around another
 //! layer. Its calls are inlined, so that a layer that is not used costs nothing.
 
+mod bytes;
+mod channel;
 mod chrome;
 mod granted;
 mod ring;
@@ -10,7 +12,9 @@ mod ring;
 mod tests;
 mod traced;
 
+pub use bytes::ByteRing;
+pub use channel::{CHANNEL_ALIGN, Channel, ChannelKind};
 pub use chrome::ChromeWriter;
 pub use granted::{GrantBook, Granted};
 pub use ring::TraceRing;
-pub use traced::{TraceEvent, TraceSink, Traced};
+pub use traced::{ComponentName, TraceEvent, TraceSink, Traced};

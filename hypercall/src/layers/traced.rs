@@ -5,11 +5,54 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::ptr::NonNull;
 
+/// Who made a call: the first 8 bytes of a component's name.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ComponentName([u8; 8]);
+
+impl ComponentName {
+    /// Calls that no component made: the kernel's own and the application's.
+    pub const KERNEL: Self = Self::new("kernel");
+
+    /// Of a name of ASCII letters, digits and `-`.
+    pub const fn new(name: &str) -> Self {
+        let (mut bytes, mut at) = ([0; 8], 0);
+        while at < 8 && at < name.len() {
+            bytes[at] = name.as_bytes()[at];
+            at += 1;
+        }
+        Self(bytes)
+    }
+
+    /// The name; `?` if somebody wrote nonsense in it.
+    pub fn as_str(&self) -> &str {
+        let len = self.0.iter().position(|byte| *byte == 0).unwrap_or(8);
+        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'-';
+        let bytes = self.0.get(..len).filter(|bytes| bytes.iter().all(plain) && !bytes.is_empty());
+        bytes.and_then(|bytes| core::str::from_utf8(bytes).ok()).unwrap_or("?")
+    }
+
+    pub(super) const fn to_word(self) -> u64 {
+        u64::from_le_bytes(self.0)
+    }
+
+    pub(super) const fn from_word(word: u64) -> Self {
+        Self(word.to_le_bytes())
+    }
+}
+
+impl core::fmt::Debug for ComponentName {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// One hypercall that has returned (or, for `exit`, begun).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceEvent {
     /// Which function.
     pub call: Call,
+    /// Who called it.
+    pub component: ComponentName,
     /// On which CPU it was called.
     pub cpu: CpuId,
     /// When, in [`Clock::monotonic_ns`].
@@ -35,12 +78,13 @@ pub trait TraceSink: Copy + Send + Sync + 'static {
 pub struct Traced<H, S> {
     host: H,
     sink: S,
+    component: ComponentName,
 }
 
 impl<H, S> Traced<H, S> {
     /// A layer around `host`.
     pub const fn new(host: H, sink: S) -> Self {
-        Self { host, sink }
+        Self { host, sink, component: ComponentName::KERNEL }
     }
 }
 
@@ -51,7 +95,14 @@ impl<H: Clock + Cpus, S: TraceSink> Traced<H, S> {
         let start_ns = self.host.monotonic_ns();
         let result = body(&self.host);
         let duration_ns = self.host.monotonic_ns().saturating_sub(start_ns);
-        self.sink.record(TraceEvent { call, cpu, start_ns, duration_ns, arguments });
+        self.sink.record(TraceEvent {
+            call,
+            component: self.component,
+            cpu,
+            start_ns,
+            duration_ns,
+            arguments,
+        });
         result
     }
 }
@@ -73,6 +124,10 @@ impl<H: Versions, S> Versions for Traced<H, S> {
     #[inline]
     fn contracts(&self) -> &'static [ContractVersion] {
         self.host.contracts()
+    }
+    #[inline]
+    fn of_component(self, name: &'static str) -> Self {
+        Self { host: self.host.of_component(name), component: ComponentName::new(name), ..self }
     }
 }
 

@@ -12,7 +12,7 @@
 #include <linux/types.h>
 
 #define AK_ABI_MAGIC 0x616b6d6fu
-#define AK_ABI_VERSION 1u
+#define AK_ABI_VERSION 2u
 #define AK_NO_DEADLINE U64_MAX
 #define AK_ANY_CPU U32_MAX
 
@@ -55,6 +55,8 @@ void ak_heap_free(void *ptr, size_t size);
 void *ak_pages_alloc(size_t count);		/* zeroed */
 void ak_pages_free(void *base, size_t count);
 u64 ak_memory_bytes(void);			/* any */
+/* Zeroed whole pages, contiguous in physical memory too; or NULL. Not counted: freed at unload. Once. */
+void *ak_channel_alloc(size_t size);
 
 int ak_thread_spawn(const char *name, size_t name_len, u32 cpu, void *entry, u64 *id);
 int ak_thread_join(u64 id);

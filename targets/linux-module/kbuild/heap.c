@@ -102,6 +102,24 @@ void ak_pages_free(void *base, size_t count)
 	atomic_long_sub(count, &ak_pages);
 }
 
+static void *ak_channel;
+static size_t ak_channel_size;
+
+void *ak_channel_alloc(size_t size)
+{
+	if (ak_channel)
+		return NULL;
+	ak_channel_size = size;
+	ak_channel = alloc_pages_exact(size, AK_GFP | __GFP_ZERO);
+	return ak_channel;
+}
+
+void ak_channel_free(void)
+{
+	if (ak_channel)
+		free_pages_exact(ak_channel, ak_channel_size);
+}
+
 u64 ak_memory_bytes(void)
 {
 	return ak_memory;

@@ -206,6 +206,7 @@ static void ak_close_all(void)
 	if (ak_line_len)
 		ak_line_end();
 	ak_heap_report();
+	ak_channel_free();
 }
 
 static int __init ak_init(void)

@@ -38,6 +38,7 @@ void ak_stopped_early(void);
 /* heap.c */
 void ak_heap_init(void);
 void ak_heap_report(void);
+void ak_channel_free(void);
 
 /* block.c */
 int ak_disks_open(char *list);

@@ -1,5 +1,6 @@
 //! The applications that are linked in.
 
+use crate::domain::Domain;
 use crate::{LinuxHost, conformance};
 use alloc::string::String;
 use alloc::sync::Arc;
@@ -11,12 +12,12 @@ use hypercall::ExitStatus;
 pub(crate) struct App {
     name: &'static str,
     /// Runs until it has done its work or the instance stops.
-    pub(crate) main: fn(&Arc<Kernel<LinuxHost>>) -> ExitStatus,
+    pub(crate) main: fn(&Arc<Kernel<Domain>>) -> ExitStatus,
     /// Without file systems and network.
     pub(crate) bare: bool,
 }
 
-const fn app(name: &'static str, main: fn(&Arc<Kernel<LinuxHost>>) -> ExitStatus) -> App {
+const fn app(name: &'static str, main: fn(&Arc<Kernel<Domain>>) -> ExitStatus) -> App {
     App { name, main, bare: false }
 }
 
@@ -30,7 +31,7 @@ const APPS: &[App] = &[
 ];
 
 /// Panics as a component might, while other threads run and hold things: for trying what the module does then.
-fn crash(kernel: &Arc<Kernel<LinuxHost>>) -> ExitStatus {
+fn crash(kernel: &Arc<Kernel<Domain>>) -> ExitStatus {
     let lock = Arc::new(anykernel::sync::Mutex::new(LinuxHost, ()));
     let _held = lock.lock();
     let waiter = lock.clone();

@@ -4,6 +4,7 @@
 //! links 0 and 1, which Linux must have bridged. It runs without components, since those use the links themselves.
 
 use crate::LinuxHost;
+use crate::domain::Domain;
 use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
@@ -12,7 +13,7 @@ use hypercall::conformance::{self, CheckReport, Outcome};
 use hypercall::{Clock, Console, ExitStatus, HostLink, Signal};
 
 /// Runs the suites that the arguments name.
-pub(crate) fn main(kernel: &Arc<Kernel<LinuxHost>>) -> ExitStatus {
+pub(crate) fn main(kernel: &Arc<Kernel<Domain>>) -> ExitStatus {
     let arguments = kernel.config().app.get(1..).unwrap_or_default();
     let core = [String::from("core")];
     let mut failed = 0;

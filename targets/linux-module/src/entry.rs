@@ -1,6 +1,7 @@
 //! What the C half calls: the life of the domain from load to unload.
 #![expect(unsafe_code, reason = "called from C")]
 
+use crate::domain::{self, Domain};
 use crate::ffi::{self, Abi};
 use crate::host::{Entry, LinuxHost};
 use crate::{apps, logger};
@@ -12,6 +13,7 @@ use anykernel::Kernel;
 use anykernel::config::Config;
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicBool, Ordering};
+use hypercall::layers::Channel;
 use hypercall::{Error, Params, Signal, ThreadSpec, Threads};
 
 const EINVAL: i32 = 22;
@@ -94,12 +96,13 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
     LinuxHost.exit(ExitStatus::Panic)
 }
 
-struct Domain {
-    kernel: Arc<Kernel<LinuxHost>>,
+struct Running {
+    kernel: Arc<Kernel<Domain>>,
     app: Option<hypercall::ThreadId>,
+    channel: Option<Channel>,
 }
 
-impl Domain {
+impl Running {
     fn end(self) {
         self.kernel.stop();
         if let Some(app) = self.app {
@@ -107,6 +110,9 @@ impl Domain {
             let _ = LinuxHost.join(app);
         }
         self.kernel.shutdown();
+        if let Some(channel) = self.channel {
+            domain::finish(channel);
+        }
     }
 }
 
@@ -130,15 +136,17 @@ fn read_config() -> Result<Config, String> {
     Config::parse(text)
 }
 
-fn start() -> Result<Domain, String> {
+fn start() -> Result<Running, String> {
     let config = read_config()?;
     let level = config.log.parse().map_err(|_| {
         alloc::format!("configuration: log is {:?}: write off, error, warn, info, debug or trace", config.log)
     })?;
     logger::install(level);
     let app = config.app.first().map(|name| apps::find(name)).transpose()?;
-    let kernel = Kernel::new(LinuxHost, config);
-    let mut domain = Domain { kernel: kernel.clone(), app: None };
+    let (host, channel) =
+        domain::host().ok_or("too little memory in one piece for a trace: load the module sooner")?;
+    let kernel = Kernel::new(host, config);
+    let mut domain = Running { kernel: kernel.clone(), app: None, channel };
     let components = match app {
         Some(app) if app.bare => Ok(()),
         _ => start_components(&kernel),
@@ -159,7 +167,7 @@ fn start() -> Result<Domain, String> {
     }
 }
 
-fn start_components(kernel: &Arc<Kernel<LinuxHost>>) -> Result<(), String> {
+fn start_components(kernel: &Arc<Kernel<Domain>>) -> Result<(), String> {
     let components = [
         anykernel_vfs::hostblk::register,
         anykernel_vfs::start,
@@ -169,7 +177,7 @@ fn start_components(kernel: &Arc<Kernel<LinuxHost>>) -> Result<(), String> {
     components.iter().try_for_each(|start| start(kernel)).map_err(|error| alloc::format!("{error}"))
 }
 
-fn start_app(kernel: &Arc<Kernel<LinuxHost>>, app: apps::App) -> Result<hypercall::ThreadId, String> {
+fn start_app(kernel: &Arc<Kernel<Domain>>, app: apps::App) -> Result<hypercall::ThreadId, String> {
     let kernel = kernel.clone();
     let run = move || {
         let status = (app.main)(&kernel);

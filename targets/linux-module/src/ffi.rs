@@ -6,7 +6,7 @@
 use core::ffi::c_void;
 
 pub(crate) const ABI_MAGIC: u32 = 0x616b_6d6f;
-pub(crate) const ABI_VERSION: u32 = 1;
+pub(crate) const ABI_VERSION: u32 = 2;
 pub(crate) const NO_DEADLINE: u64 = u64::MAX;
 pub(crate) const ANY_CPU: u32 = u32::MAX;
 pub(crate) const WOKEN: i32 = 0;
@@ -66,6 +66,9 @@ unsafe extern "C" {
     /// `base` came from `ak_pages_alloc` with `count`.
     pub(crate) fn ak_pages_free(base: *mut c_void, count: usize);
     pub(crate) safe fn ak_memory_bytes() -> u64;
+    /// Once.
+    #[cfg(feature = "trace")]
+    pub(crate) safe fn ak_channel_alloc(size: usize) -> *mut c_void;
 
     /// `name` has `name_len` bytes; `entry` is what `ak_rust_thread` takes; `id` is written.
     pub(crate) fn ak_thread_spawn(

@@ -14,6 +14,7 @@ extern crate alloc;
 
 mod apps;
 mod conformance;
+mod domain;
 mod entry;
 mod ffi;
 #[cfg(target_os = "none")]

@@ -18,6 +18,8 @@ mod boot;
 mod bus;
 mod console;
 mod cpu;
+#[cfg(target_os = "none")]
+mod domain;
 mod entropy;
 mod exit;
 mod host;
@@ -33,20 +35,23 @@ mod time;
 
 #[doc(hidden)]
 pub use console::{SERIAL_LINE, interrupt_by_serial_port};
+#[cfg(target_os = "none")]
+#[doc(hidden)]
+pub use domain::Domain;
 pub use host::Machine;
 
 #[cfg(target_os = "none")]
 #[global_allocator]
 static HEAP: memory::heap::Heap = memory::heap::Heap;
 
-/// Makes the binary an image that runs an application, given as `fn(&Arc<Kernel<Machine>>) -> ExitStatus`.
+/// Makes the binary an image that runs an application, given as `fn<H: Host>(&Arc<Kernel<H>>) -> ExitStatus`.
 #[macro_export]
 macro_rules! image {
     ($application:expr) => {
         #[cfg(target_os = "none")]
         #[unsafe(no_mangle)]
         fn anykernel_application(
-            kernel: &$crate::reexport::Arc<$crate::reexport::Kernel<$crate::Machine>>,
+            kernel: &$crate::reexport::Arc<$crate::reexport::Kernel<$crate::Domain>>,
         ) -> $crate::reexport::ExitStatus {
             $application(kernel)
         }

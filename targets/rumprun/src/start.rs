@@ -2,6 +2,7 @@
 
 use crate::boot::start_info::StartInfo;
 use crate::cpu::{self, smp};
+use crate::domain::{self, Domain};
 use crate::host::Machine;
 use crate::{bus, interrupts, thread, time};
 use alloc::{format, string::String, sync::Arc, vec};
@@ -10,7 +11,7 @@ use hypercall::{ExitStatus, ThreadSpec};
 
 unsafe extern "Rust" {
     /// What the image is for; defined by [`crate::image`].
-    safe fn anykernel_application(kernel: &Arc<Kernel<Machine>>) -> ExitStatus;
+    safe fn anykernel_application(kernel: &Arc<Kernel<Domain>>) -> ExitStatus;
 }
 
 /// A step of the start that must not fail.
@@ -95,7 +96,11 @@ fn run() -> ExitStatus {
             return ExitStatus::Usage;
         }
     }
-    let kernel = Kernel::new(Machine, config);
+    let Some(host) = domain::host() else {
+        log::error!("too little memory for a trace: give the machine more (anykernel run --memory)");
+        return ExitStatus::Failure;
+    };
+    let kernel = Kernel::new(host, config);
     #[cfg(feature = "drivers")]
     if let Err(error) = crate::console::listen(&kernel).and_then(|()| drivers(&kernel)) {
         log::error!("{error}");
@@ -110,7 +115,7 @@ fn run() -> ExitStatus {
 
 /// Finds the devices and starts the stacks on them.
 #[cfg(feature = "drivers")]
-fn drivers(kernel: &Arc<Kernel<Machine>>) -> Result<(), anykernel::StartError> {
+fn drivers(kernel: &Arc<Kernel<Domain>>) -> Result<(), anykernel::StartError> {
     anykernel_virtio::probe(kernel)?;
     anykernel_vfs::start(kernel)?;
     anykernel_net::start(kernel)?;

@@ -30,9 +30,6 @@ pub const LEAST_MEMORY: u64 = 4 << 20;
 /// Runs `spec.config.app` on `target` to its end. Failures are lines for a person.
 pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
     check(spec)?;
-    if target != Target::Userspace && spec.trace.is_some() {
-        return Err(Failure::usage("--trace works with --on userspace only"));
-    }
     let status = match target {
         // Says more when it ends.
         Target::Userspace => return userspace(spec),
@@ -180,8 +177,8 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
         let instance = builder.start().map_err(start_failure)?;
         return run_instance(spec, &instance, gateway, &published);
     };
-    let trace = Trace::start(path, &spec.config.hostname)?;
-    let instance = builder.start_on(|host| Traced::new(host, trace.sink())).map_err(start_failure)?;
+    let (trace, ring) = Trace::start(path, &spec.config.hostname)?;
+    let instance = builder.start_on(|host| Traced::new(host, ring)).map_err(start_failure)?;
     let status = run_instance(spec, &instance, gateway, &published);
     instance.shutdown();
     trace.finish()?;

@@ -52,6 +52,11 @@ impl RunSpec {
             quiet: true,
         }
     }
+
+    /// What the guest's image must be able to do: the feature of its crate.
+    pub(crate) fn feature(&self) -> Option<&'static str> {
+        self.trace.as_ref().map(|_| "trace")
+    }
 }
 
 /// A disk image or block device of the host.

@@ -17,9 +17,8 @@ const EVENTS: usize = 1 << 18;
 
 /// A trace in the making. Dropped without [`Trace::finish`] it is cut off, which viewers forgive.
 pub struct Trace {
-    ring: &'static TraceRing,
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Result<(), fmt::Error>>>,
+    thread: Option<JoinHandle<Result<Option<u64>, fmt::Error>>>,
     shown: String,
 }
 
@@ -34,21 +33,31 @@ impl fmt::Write for Out {
 
 impl Trace {
     /// Begins a file. `name` is the domain's. Failures are lines for a person.
-    pub fn start(path: &Path, name: &str) -> Result<Self, Failure> {
+    pub fn start(path: &Path, name: &str) -> Result<(Self, TraceRing), Failure> {
+        // Hosts are `Copy` and so are their sinks: whoever keeps one must find a ring. A process has one trace.
+        let ring = TraceRing::new(EVENTS).ok_or_else(|| Failure::new("too little memory for a trace"))?;
+        Ok((Self::follow(path, name, move || Some(ring))?, ring))
+    }
+
+    /// Begins a file of what comes out of the ring that `find` gives as soon as there is one.
+    pub fn follow(
+        path: &Path,
+        name: &str,
+        mut find: impl FnMut() -> Option<TraceRing> + Send + 'static,
+    ) -> Result<Self, Failure> {
         let shown = path.display().to_string();
         let file = File::create(path).map_err(|error| Failure::new(format!("{shown}: {error}")))?;
-        let ring = TraceRing::new(EVENTS).ok_or_else(|| Failure::new("too little memory for a trace"))?;
-        // Hosts are `Copy` and so are their sinks: whoever keeps one must find a ring. A process has one trace.
-        let ring: &'static TraceRing = Box::leak(Box::new(ring));
         let stop = Arc::new(AtomicBool::new(false));
         let mut writer = ChromeWriter::new(Out(BufWriter::with_capacity(1 << 20, file)), name)
             .map_err(|_| Failure::new(format!("{shown}: cannot write")))?;
         let stopped = stop.clone();
         let body = move || {
+            let mut ring = None;
             loop {
                 // Looked at before draining, so that nothing recorded before the stop is missed.
                 let last = stopped.load(Ordering::Acquire);
-                let written = writer.drain(ring)?;
+                ring = ring.or_else(&mut find);
+                let written = ring.map_or(Ok(0), |ring| writer.drain(ring))?;
                 if last {
                     break;
                 }
@@ -56,34 +65,31 @@ impl Trace {
                     std::thread::sleep(Duration::from_millis(5));
                 }
             }
-            let mut out = writer.finish(ring.dropped())?;
-            out.0.flush().map_err(|_| fmt::Error)
+            let dropped = ring.map(|ring| ring.dropped());
+            let mut out = writer.finish(dropped.unwrap_or(0))?;
+            out.0.flush().map_err(|_| fmt::Error).map(|()| dropped)
         };
         let thread = std::thread::Builder::new()
             .name("trace".into())
             .spawn(body)
             .map_err(|error| Failure::new(format!("starting the trace's thread: {error}")))?;
-        Ok(Self { ring, stop, thread: Some(thread), shown })
-    }
-
-    /// Where events go.
-    pub fn sink(&self) -> &'static TraceRing {
-        self.ring
+        Ok(Self { stop, thread: Some(thread), shown })
     }
 
     /// Writes what is left and completes the file.
     pub fn finish(mut self) -> Result<(), Failure> {
         self.stop.store(true, Ordering::Release);
         let result = self.thread.take().and_then(|thread| thread.join().ok());
-        if self.ring.dropped() > 0 {
-            log::warn!(
-                "{}: {} events are missing, because the file was too slow",
-                self.shown,
-                self.ring.dropped()
-            );
-        }
         match result {
-            Some(Ok(())) => Ok(()),
+            Some(Ok(Some(0))) => Ok(()),
+            Some(Ok(Some(dropped))) => {
+                log::warn!("{}: {dropped} events are missing, because the file was too slow", self.shown);
+                Ok(())
+            }
+            Some(Ok(None)) => {
+                log::warn!("{}: nothing was traced, because the guest did not get that far", self.shown);
+                Ok(())
+            }
             _ => Err(Failure::new(format!("{}: cannot write: is the disk full?", self.shown))),
         }
     }

@@ -168,7 +168,11 @@ impl<H: Host> BlockCache<H> {
 
     /// The cache of an instance, by its configuration, memory and counters.
     pub fn for_kernel(kernel: &Kernel<H>) -> Arc<Self> {
-        Self::new(kernel.host(), CacheLimits::for_kernel(kernel), CacheCounters::for_kernel(kernel))
+        Self::new(
+            kernel.host().of_component("cache"),
+            CacheLimits::for_kernel(kernel),
+            CacheCounters::for_kernel(kernel),
+        )
     }
 
     /// `device` seen through this cache. Opening the same device again gives the same `CachedDevice` while that is in

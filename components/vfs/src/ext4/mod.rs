@@ -51,7 +51,7 @@ pub struct Ext4<H: Host> {
 impl<H: Host> Ext4<H> {
     /// Reads its devices through `cache`.
     pub fn new(kernel: &Kernel<H>, cache: Arc<BlockCache<H>>) -> Self {
-        let host = kernel.host();
+        let host = kernel.host().of_component("ext4");
         Self {
             host,
             cache,

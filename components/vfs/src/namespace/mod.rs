@@ -60,7 +60,7 @@ pub struct MountTree<H: Host> {
 impl<H: Host> MountTree<H> {
     /// A tree without mounts.
     pub fn new(kernel: &Arc<Kernel<H>>) -> Arc<Self> {
-        let host = kernel.host();
+        let host = kernel.host().of_component("vfs");
         let mut seed = [0; 8];
         if host.fill_random(&mut seed).is_err() {
             seed = host.monotonic_ns().to_le_bytes();

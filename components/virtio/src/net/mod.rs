@@ -119,7 +119,7 @@ impl<H: DeviceHost> Net<H> {
             info.caps,
         );
         let started = transport.driver_ok();
-        let host = kernel.host();
+        let host = kernel.host().of_component("virtnet");
         let pairs = pairs.into_iter().map(|pair| PairState::Idle(Box::new(pair))).collect();
         let inner = Inner { transport, control, pairs, active: 1 };
         let net = Self {
@@ -139,7 +139,7 @@ impl<H: DeviceHost> Net<H> {
     }
 
     fn set_up(kernel: &Arc<Kernel<H>>, transport: &mut Transport<H>) -> Result<Parts<H>> {
-        let host = kernel.host();
+        let host = kernel.host().of_component("virtnet");
         let features = transport.negotiate(|offered| choose_features(offered, host.cpu_count()))?;
         let has = |bit: u64| features & bit != 0;
         if !has(feature::VERSION_1) && !has(feature::ANY_LAYOUT) {

@@ -37,6 +37,8 @@ pub struct Build {
     pub workspace: PathBuf,
     /// The kernel's headers, as in `/usr/src/linux-headers-6.1.0-56-cloud-amd64` or `/lib/modules/6.1.0-56-amd64/build`.
     pub kernel: PathBuf,
+    /// A feature of the module's crate, such as `trace`; the module is made beside the one without.
+    pub feature: Option<String>,
 }
 
 /// A module and what it is for.
@@ -73,11 +75,15 @@ pub fn build<E: From<String>>(build: &Build, run: Run<'_, E>) -> Result<Module, 
     let release = release(&build.kernel)?;
     let kernel = fs::canonicalize(&build.kernel).map_err(told(&build.kernel))?;
     let target_dir = build.workspace.join("target").join("linux-module");
-    let dir = target_dir.join(format!("kbuild-{release}"));
+    let feature = build.feature.as_deref();
+    let dir = target_dir.join(match feature {
+        Some(feature) => format!("kbuild-{release}-{feature}"),
+        None => format!("kbuild-{release}"),
+    });
     fs::create_dir_all(&dir).map_err(told(&dir))?;
 
     has_rust_src()?;
-    run("compiling the module's Rust half", cargo(&build.workspace, &target_dir))?;
+    run("compiling the module's Rust half", cargo(&build.workspace, &target_dir, feature))?;
     let library = target_dir.join(TARGET).join("release").join("libanykernel_linux_module.a");
     let object = dir.join("rust.o");
     if newer(&library, &object) {
@@ -122,7 +128,7 @@ fn has_rust_src() -> Result<(), String> {
     Err("the source of Rust's core library is missing: rustup component add rust-src".into())
 }
 
-fn cargo(workspace: &Path, target_dir: &Path) -> Command {
+fn cargo(workspace: &Path, target_dir: &Path, feature: Option<&str>) -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .current_dir(workspace)
@@ -137,6 +143,7 @@ fn cargo(workspace: &Path, target_dir: &Path) -> Command {
         ])
         .args(["-Zbuild-std=core,alloc", "--target", TARGET, "--target-dir"])
         .arg(target_dir)
+        .args(feature.map(|feature| format!("--features={feature}")))
         // Building core is not stable, though it has worked for years.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f"))

@@ -11,7 +11,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(3).unwrap_or(Path::new("/"));
-    let plan = Build { workspace: workspace.into(), kernel: kernel.into() };
+    let plan = Build { workspace: workspace.into(), kernel: kernel.into(), feature: None };
     match build(&plan, &mut run) {
         Ok(module) => {
             println!("{}", module.path.display());

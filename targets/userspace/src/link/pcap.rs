@@ -3,7 +3,7 @@
 use crate::Failure;
 use crate::host::Recover;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Read, Write};
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// From the instance's point of view; the values are those of the `epb_flags` option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
+    Unknown = 0,
     Received = 1,
     Sent = 2,
 }
@@ -95,6 +96,10 @@ impl Pcap {
 
     pub(crate) fn record(&self, link: usize, mtu: u16, direction: Direction, frame: &[u8]) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        self.record_at(now, link, mtu, direction, frame);
+    }
+
+    fn record_at(&self, time_ns: u64, link: usize, mtu: u16, direction: Direction, frame: &[u8]) {
         let len = (frame.len() as u32).to_le_bytes();
         let mut writer = self.0.lock().recover();
         if writer.failed {
@@ -103,8 +108,8 @@ impl Pcap {
         let interface = writer.interface(link, mtu);
         let mut body = Vec::with_capacity(frame.len() + 40);
         body.extend_from_slice(&interface.to_le_bytes());
-        body.extend_from_slice(&((now >> 32) as u32).to_le_bytes());
-        body.extend_from_slice(&(now as u32).to_le_bytes());
+        body.extend_from_slice(&((time_ns >> 32) as u32).to_le_bytes());
+        body.extend_from_slice(&(time_ns as u32).to_le_bytes());
         body.extend_from_slice(&len);
         body.extend_from_slice(&len);
         body.extend_from_slice(frame);
@@ -112,6 +117,41 @@ impl Pcap {
         option(&mut body, OPTION_EPB_FLAGS, &(direction as u32).to_le_bytes());
         option(&mut body, 0, &[]);
         writer.block(ENHANCED_PACKET, &body);
+    }
+
+    /// Records what `from` says in the old format (draft-ietf-opsawg-pcap), times in microseconds, as QEMU writes it, until it
+    /// ends.
+    pub(crate) fn record_old(&self, mut from: impl Read) -> std::io::Result<()> {
+        const MAGIC: u32 = 0xa1b2_c3d4;
+        const LONGEST: usize = 1 << 18;
+        let word = |bytes: &[u8], at: usize| {
+            bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map_or(0, u32::from_le_bytes)
+        };
+        let mut header = [0; 24];
+        match from.read_exact(&mut header) {
+            // Nothing was begun.
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(()),
+            other => other?,
+        }
+        if word(&header, 0) != MAGIC {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        let mut frame = Vec::new();
+        loop {
+            let mut packet = [0; 16];
+            match from.read_exact(&mut packet) {
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(()),
+                other => other?,
+            }
+            let time_us = u64::from(word(&packet, 0)) * 1_000_000 + u64::from(word(&packet, 4));
+            let len = word(&packet, 8) as usize;
+            if len > LONGEST {
+                return Err(ErrorKind::InvalidData.into());
+            }
+            frame.resize(len, 0);
+            from.read_exact(&mut frame)?;
+            self.record_at(time_us * 1000, 0, 65521, Direction::Unknown, &frame);
+        }
     }
 
     /// Writes out what is buffered.
@@ -128,6 +168,32 @@ impl Pcap {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_old_format_is_taken_in() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let pcap = Pcap::create(file.path()).unwrap();
+        let mut old: Vec<u8> = [0xa1b2_c3d4_u32, 0x0004_0002, 0, 0, 65536, 1]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
+        pcap.record_old(&old[..]).unwrap();
+        for word in [7_u32, 5, 60, 60] {
+            old.extend(word.to_le_bytes());
+        }
+        old.extend([0xcc; 60]);
+        pcap.record_old(&old[..]).unwrap();
+        pcap.record_old(&[][..]).unwrap();
+        // Cut short in the middle of a frame, or something else altogether.
+        assert!(pcap.record_old(&old[..90]).is_err());
+        assert!(pcap.record_old(&[0; 24][..]).is_err());
+        pcap.flush();
+        let bytes = std::fs::read(file.path()).unwrap();
+        let time = 7_000_005_000_u64;
+        let words = [0, (time >> 32) as u32, time as u32, 60, 60];
+        let packet: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).chain([0xcc; 60]).collect();
+        assert!(bytes.windows(packet.len()).any(|part| part == packet));
+    }
 
     #[test]
     fn blocks_are_well_formed() {

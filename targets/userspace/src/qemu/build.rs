@@ -65,6 +65,15 @@ pub fn step(what: &str, mut command: Command) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Waits until nobody else builds in `dir`, and keeps others waiting until dropped.
+pub fn exclusive(dir: &Path) -> Result<std::fs::File, Failure> {
+    let path = dir.join(".anykernel-lock");
+    let locked = std::fs::create_dir_all(dir)
+        .and_then(|()| std::fs::File::create(&path))
+        .and_then(|file| file.lock().map(|()| file));
+    locked.map_err(|error| Failure::new(format!("{}: {error}", path.display())))
+}
+
 /// Runs `cargo` with `args` in the workspace: see [`step`].
 pub fn cargo<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(
     what: &str,

@@ -97,9 +97,6 @@ const LOUD: &str = "console=ttyS0 loglevel=7 panic=-1 oops=panic no_timer_check 
 type Booted = (Result<ExitStatus, Failure>, String, String);
 
 fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Result<Booted, Failure> {
-    if spec.trace.is_some() {
-        return Err(Failure::usage("--trace works with --on userspace only"));
-    }
     if spec.memory.is_some_and(|memory| memory < LEAST_MEMORY) {
         return Err(Failure::usage(format!(
             "Linux needs at least {} MiB: give --memory more, or use --on userspace",
@@ -109,10 +106,14 @@ fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Resul
     let workspace = build::workspace()?;
     let store = workspace.join("target/linux");
     let kernel = kernel::find(series, &store)?;
-    let plan = module_build::Build { workspace, kernel: kernel.headers.clone() };
-    let module = module_build::build::<Failure>(&plan, &mut build::step)?;
     let text = script.map(|(text, _)| text);
-    let archive = initramfs(spec, &kernel, &module.path, &kernel::busybox(&store)?, text)?;
+    let archive = {
+        let _exclusive = build::exclusive(&workspace.join("target/linux-module"))?;
+        let feature = spec.feature().map(Into::into);
+        let plan = module_build::Build { workspace, kernel: kernel.headers.clone(), feature };
+        let module = module_build::build::<Failure>(&plan, &mut build::step)?;
+        initramfs(spec, &kernel, &module.path, &kernel::busybox(&store)?, text)?
+    };
 
     let initrd = Temporary::new(&store, "initrd", &archive)?;
     let status = Temporary::new(&store, "status", b"")?;

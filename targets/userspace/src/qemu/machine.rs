@@ -1,6 +1,7 @@
 //! A virtual machine: QEMU's arguments, and a run of it.
 
 use super::process::{End, Process};
+use super::watch::Watch;
 use super::{Accelerator, DEBUG_EXIT_PORT, STOP, backlog, build, status_of};
 use crate::{Failure, NetSpec, RunSpec};
 use hypercall::ExitStatus;
@@ -29,13 +30,15 @@ pub struct Machine {
     limit: Option<Duration>,
     /// Where the console is written to instead of our standard output.
     console: Option<PathBuf>,
+    memory: u64,
 }
 
 impl Machine {
     fn new(name: &'static str, bus: Bus, kind: &'static str, spec: &RunSpec, default_memory: u64) -> Self {
-        let memory = spec.memory.unwrap_or(default_memory);
+        let memory = spec.memory.unwrap_or(default_memory) & !0xfff;
         let accelerator = Accelerator::detect().args().into();
-        let mut machine = Self { bus, kind, accelerator, args: Vec::new(), name, limit: None, console: None };
+        let mut machine =
+            Self { bus, kind, accelerator, args: Vec::new(), name, limit: None, console: None, memory };
         machine.args(["-smp", &spec.cpus.to_string(), "-m", &format!("{}k", memory >> 10)]);
         machine.args(["-device", &format!("isa-debug-exit,iobase={DEBUG_EXIT_PORT:#x},iosize=4")]);
         machine.disks(spec);
@@ -128,9 +131,6 @@ impl Machine {
         };
         self.args(["-netdev", &backend]);
         self.device("virtio-net", "netdev=net0");
-        if let Some(file) = &spec.pcap {
-            self.arg("-object").arg(option("filter-dump,id=dump0,netdev=net0,file=", file));
-        }
     }
 
     /// The command that starts it. Its standard input and output are the guest's console, unless that is a file.
@@ -149,8 +149,10 @@ impl Machine {
     /// Starts QEMU, streams the guest's console, and returns how the guest ended. Ctrl-C asks the guest to end, and ends
     /// the machine if it does not. Call it on the main thread: QEMU dies with the thread that started it.
     pub fn run(&self, spec: &RunSpec) -> Result<ExitStatus, Failure> {
+        let watch = Watch::start(spec, self.memory)?;
         let start = Instant::now();
         let mut command = self.command();
+        command.args(watch.args());
         let stdin = if self.console.is_some() { Stdio::null() } else { Stdio::piped() };
         command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         log::debug!("{command:?}");
@@ -187,6 +189,7 @@ impl Machine {
         });
         let _ = console.join();
         let errors = errors.join().unwrap_or_default();
+        watch.finish()?;
         match end {
             Ok(End::Ended(status)) => match status_of(status.code()) {
                 Some(status) => Ok(status),

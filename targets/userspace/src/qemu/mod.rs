@@ -20,11 +20,13 @@
 pub mod accel;
 mod backlog;
 pub mod build;
+mod channel;
 pub mod linux_module;
 mod machine;
 mod process;
 pub mod rumprun;
 pub mod symbols;
+mod watch;
 
 pub use accel::Accelerator;
 pub use machine::Machine;

@@ -14,6 +14,11 @@ const DEFAULT_MEMORY: u64 = 128 << 20;
 
 /// Builds the image of the application `app` if it is not up to date, and says where it is.
 pub fn image(app: &str) -> Result<PathBuf, Failure> {
+    image_with(app, None)
+}
+
+/// As [`image`], able to do something more: a feature of the target's crate. It is another file.
+pub fn image_with(app: &str, feature: Option<&str>) -> Result<PathBuf, Failure> {
     let what = format!("building the unikernel {app}");
     let package = "anykernel-rumprun";
     let workspace = build::workspace()?;
@@ -28,10 +33,12 @@ pub fn image(app: &str) -> Result<PathBuf, Failure> {
         "--target",
         TARGET,
         "--features",
-        app,
+        &feature.map_or_else(|| app.to_owned(), |feature| format!("{app},{feature}")),
         "--bin",
         app,
     ];
+    // Cargo gives all of them one name, so nobody else may build until this one is packed.
+    let _exclusive = build::exclusive(&target_dir)?;
     build::cargo(&what, args).map_err(|failure| match target_is_there() {
         true => failure,
         false => Failure::new(format!(
@@ -39,7 +46,8 @@ pub fn image(app: &str) -> Result<PathBuf, Failure> {
         )),
     })?;
     let linked = target_dir.join(TARGET).join(PROFILE).join(app);
-    let packed = linked.with_extension("elf");
+    let packed =
+        linked.with_extension(feature.map_or_else(|| "elf".to_owned(), |feature| format!("{feature}.elf")));
     let fail = |error: &dyn std::fmt::Display| Failure::new(format!("{}: {error}", linked.display()));
     let elf = std::fs::read(&linked).map_err(|error| fail(&error))?;
     let image = symbols::pack(&elf).map_err(|error| fail(&error))?;
@@ -66,10 +74,7 @@ fn target_is_there() -> bool {
 /// Errors are lines for a person. The guest's own end is an `Ok`.
 pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
-    if spec.trace.is_some() {
-        return Err(Failure::usage("--trace works with --on userspace only"));
-    }
-    boot(spec, &image(app)?)
+    boot(spec, &image_with(app, spec.feature())?)
 }
 
 /// Boots an image that is there.

@@ -1,0 +1,58 @@
+//! The host that components see: Linux, or with a feature a layer around it.
+
+use crate::LinuxHost;
+use hypercall::layers::Channel;
+use hypercall::{Clock, Threads};
+
+#[cfg(not(feature = "trace"))]
+mod chosen {
+    use super::{Channel, LinuxHost};
+
+    /// The host of this module's components.
+    pub(crate) type Domain = LinuxHost;
+
+    /// The one there is, and how it is watched.
+    pub(crate) fn host() -> Option<(Domain, Option<Channel>)> {
+        Some((LinuxHost, None))
+    }
+}
+
+#[cfg(feature = "trace")]
+#[expect(unsafe_code, reason = "memory that the C half gives")]
+mod chosen {
+    use super::{Channel, LinuxHost};
+    use crate::ffi;
+    use core::sync::atomic::AtomicU64;
+    use hypercall::layers::{ChannelKind, TraceRing, Traced};
+
+    /// The host of this module's components.
+    pub(crate) type Domain = Traced<LinuxHost, TraceRing>;
+
+    /// What Linux gives in one piece.
+    const BYTES: usize = 4 << 20;
+
+    fn channel(kind: ChannelKind) -> Option<Channel> {
+        let base: *const AtomicU64 = ffi::ak_channel_alloc(BYTES).cast();
+        // SAFETY: zeroed pages, nobody else's, freed only when the module's code goes too.
+        let words = unsafe { (!base.is_null()).then(|| core::slice::from_raw_parts(base, BYTES / 8)) };
+        Channel::create(words?, kind)
+    }
+
+    /// The one there is, and how it is watched; `None` without the memory for that.
+    pub(crate) fn host() -> Option<(Domain, Option<Channel>)> {
+        let channel = channel(ChannelKind::Trace)?;
+        Some((Traced::new(LinuxHost, channel.events()?), Some(channel)))
+    }
+}
+
+/// Gives whoever reads a channel time for the rest: its memory is about to go.
+pub(crate) fn finish(channel: Channel) {
+    const PATIENCE_NS: u64 = 200_000_000;
+    let deadline = LinuxHost.monotonic_ns() + PATIENCE_NS;
+    while !channel.is_drained() && LinuxHost.monotonic_ns() < deadline {
+        LinuxHost.yield_now();
+    }
+    channel.close();
+}
+
+pub(crate) use chosen::{Domain, host};

@@ -1,0 +1,86 @@
+//! What is written down about a guest while it runs: a trace, frames.
+
+use super::channel::GuestMemory;
+use crate::link::Pcap;
+use crate::trace::Trace;
+use crate::{Failure, NetSpec, RunSpec};
+use std::fs::File;
+use std::io::BufReader;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::thread::JoinHandle;
+
+/// Everything that a [`RunSpec`] asks for.
+#[derive(Default)]
+pub(super) struct Watch {
+    trace: Option<Trace>,
+    frames: Option<Frames>,
+    args: Vec<String>,
+}
+
+impl Watch {
+    /// Begins, before a guest with `memory` bytes starts.
+    pub(super) fn start(spec: &RunSpec, memory: u64) -> Result<Self, Failure> {
+        let mut watch = Self::default();
+        if let Some(path) = spec.pcap.as_ref().filter(|_| spec.net != NetSpec::None) {
+            let frames = Frames::start(path)?;
+            watch.args.extend(frames.args());
+            watch.frames = Some(frames);
+        }
+        if let Some(path) = &spec.trace {
+            let memory = GuestMemory::new(memory)?;
+            watch.args.extend(memory.args());
+            let events = move || memory.find().and_then(|channel| channel.events());
+            watch.trace = Some(Trace::follow(path, &spec.config.hostname, events)?);
+        }
+        Ok(watch)
+    }
+
+    /// What QEMU is told about it.
+    pub(super) fn args(&self) -> &[String] {
+        &self.args
+    }
+
+    /// The guest has ended.
+    pub(super) fn finish(self) -> Result<(), Failure> {
+        self.frames.map_or(Ok(()), Frames::finish)?;
+        self.trace.map_or(Ok(()), Trace::finish)
+    }
+}
+
+/// The pipe through which QEMU says the link's frames, in a format that Wireshark calls old.
+struct Frames {
+    /// Open as long as QEMU may want to open it by its name.
+    pipe: OwnedFd,
+    thread: JoinHandle<std::io::Result<()>>,
+}
+
+impl Frames {
+    fn start(path: &Path) -> Result<Self, Failure> {
+        let pcap = Pcap::create(path)?;
+        let fail = |error: std::io::Error| Failure::new(format!("recording frames: {error}"));
+        let (from, pipe) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| fail(error.into()))?;
+        let body = move || {
+            let result = pcap.record_old(BufReader::new(File::from(from)));
+            pcap.flush();
+            result
+        };
+        let thread = std::thread::Builder::new().name("pcap".into()).spawn(body).map_err(fail)?;
+        Ok(Self { pipe, thread })
+    }
+
+    fn args(&self) -> [String; 2] {
+        let file = format!("/proc/{}/fd/{}", std::process::id(), self.pipe.as_raw_fd());
+        ["-object".into(), format!("filter-dump,id=dump0,netdev=net0,file={file}")]
+    }
+
+    fn finish(self) -> Result<(), Failure> {
+        drop(self.pipe);
+        match self.thread.join() {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Failure::new(format!("recording frames: {error}"))),
+            Err(_) => Err(Failure::new("recording frames: the thread panicked")),
+        }
+    }
+}
