@@ -6,7 +6,7 @@ use crate::host::Machine;
 use crate::interrupts::irq;
 use alloc::sync::Arc;
 use anykernel::{Kernel, StartError};
-use hypercall::{CpuId, IrqSource, Signal};
+use hypercall::{CpuId, Host, IrqSource, Signal};
 
 /// End of text: what Ctrl-C is on a terminal.
 const STOP: u8 = 3;
@@ -14,7 +14,7 @@ const DATA_READY: u8 = 0x01;
 
 /// Stops `kernel` when Ctrl-C comes over the serial port, so that a guest ends with everything written. A machine without
 /// the port's interrupt does not listen.
-pub(crate) fn listen(kernel: &Arc<Kernel<Machine>>) -> Result<(), StartError> {
+pub(crate) fn listen<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     let signal = Arc::new(Signal::new());
     let irq = match irq::attach(IrqSource::Line(SERIAL_LINE), CpuId(0), signal.clone()) {
         Ok(irq) => irq,
