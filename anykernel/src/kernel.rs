@@ -127,6 +127,24 @@ impl<H: Host> Kernel<H> {
         self.registry.lock().block_devices.push(device);
     }
 
+    /// Forgets the block device `name`, which is gone, and its partitions. Whoever uses them sees errors.
+    pub fn remove_block_device(&self, name: &str) {
+        let of_it = |other: &str| {
+            let rest = other.strip_prefix(name);
+            rest.is_some_and(|rest| {
+                let number = rest.strip_prefix('p').filter(|number| !number.is_empty());
+                rest.is_empty()
+                    || number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+            })
+        };
+        let mut registry = self.registry.lock();
+        let (gone, left) =
+            core::mem::take(&mut registry.block_devices).into_iter().partition(|one| of_it(&one.info().name));
+        registry.block_devices = left;
+        drop(registry);
+        drop::<Vec<_>>(gone);
+    }
+
     /// All block devices, in the order of registration.
     pub fn block_devices(&self) -> Vec<Arc<dyn BlockDevice>> {
         self.registry.lock().block_devices.clone()

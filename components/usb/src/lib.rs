@@ -6,5 +6,27 @@
 #![cfg_attr(not(test), warn(clippy::indexing_slicing, clippy::unwrap_used))]
 
 extern crate alloc;
+#[cfg(any(test, feature = "testing"))]
+extern crate std;
 
+mod class;
 pub mod controller;
+pub mod descriptor;
+mod device;
+mod engine;
+mod port;
+pub mod quirks;
+mod request;
+mod stack;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
+mod tree;
+pub mod usbmon;
+
+pub use class::storage;
+pub use engine::Failure;
+pub use port::hub_port_status;
+pub use stack::{MANIFEST, Options, UsbStack};
+pub use tree::{DriverNote, Listed, Node, NodeDevice, NodeState};

@@ -1,0 +1,14 @@
+//! A host controller in memory and devices to plug into it: what the tests and fuzzers of this and other crates run on.
+//!
+//! Devices are [`hypercall::testing::UsbModel`]s, so each also goes into a [`TestHost`](hypercall::testing::TestHost) as a
+//! platform's device. Panics on misuse of the controller.
+
+mod build;
+mod bus;
+mod hub;
+mod storage;
+
+pub use build::Descriptors;
+pub use bus::{ModelBus, ModelController};
+pub use hub::HubModel;
+pub use storage::{Fault, StorageModel, StorageState};

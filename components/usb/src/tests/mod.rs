@@ -1,0 +1,5 @@
+//! The stack over models.
+
+mod enumeration;
+mod storage;
+mod support;
