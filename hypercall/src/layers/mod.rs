@@ -1,4 +1,5 @@
-//! Hosts around a host: [`Granted`] refuses what a component was not granted, [`Traced`] records every call.
+//! Hosts around a host: [`Granted`] refuses what a component was not granted, [`Traced`] records every call, [`Faulty`]
+//! makes calls fail.
 //!
 //! A layer is a `Copy` handle, has every driver contract that the host inside has, and may be put around another
 //! layer. Its calls are inlined, so that a layer that is not used costs nothing.
@@ -6,6 +7,7 @@
 mod bytes;
 mod channel;
 mod chrome;
+mod faulty;
 mod granted;
 mod ring;
 #[cfg(test)]
@@ -15,6 +17,7 @@ mod traced;
 pub use bytes::ByteRing;
 pub use channel::{CHANNEL_ALIGN, Channel, ChannelKind};
 pub use chrome::ChromeWriter;
+pub use faulty::{Fault, FaultPlan, Faulty, Injected, errors};
 pub use granted::{GrantBook, Granted};
 pub use ring::TraceRing;
 pub use traced::{ComponentName, TraceEvent, TraceSink, Traced};

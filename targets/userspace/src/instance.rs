@@ -98,7 +98,7 @@ impl Builder {
         });
         let instance = Instance { kernel: Some(kernel), owner };
         // On an error the instance is dropped here, which takes down what has started.
-        instance.start_components()?;
+        start_components(instance.kernel())?;
         Ok(instance)
     }
 }
@@ -123,19 +123,17 @@ impl Instance {
     }
 }
 
-impl<H: Host + HostBlock + HostLink> Instance<H> {
-    fn start_components(&self) -> Result<(), StartError> {
-        let kernel = self.kernel();
-        if kernel.host().disk_count() > 0 {
-            anykernel_vfs::hostblk::register(kernel)?;
-        }
-        anykernel_vfs::start(kernel)?;
-        if kernel.host().link_count() > 0 {
-            anykernel_net::hostlink::register(kernel)?;
-            anykernel_net::start(kernel)?;
-        }
-        Ok(())
+/// Starts the components of an instance: disks if there are any, vfs always, net if there is a link.
+pub fn start_components<H: Host + HostBlock + HostLink>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
+    if kernel.host().disk_count() > 0 {
+        anykernel_vfs::hostblk::register(kernel)?;
     }
+    anykernel_vfs::start(kernel)?;
+    if kernel.host().link_count() > 0 {
+        anykernel_net::hostlink::register(kernel)?;
+        anykernel_net::start(kernel)?;
+    }
+    Ok(())
 }
 
 impl<H: Host> Instance<H> {

@@ -24,6 +24,6 @@ pub mod trace;
 pub use disk::HostDisk;
 pub use heap::Heap;
 pub use host::{ConsoleSink, ConsoleText, DomainExit, HostOwner, HostSetup, PosixHost};
-pub use instance::{Builder, Instance};
+pub use instance::{Builder, Instance, start_components};
 pub use link::Link;
 pub use spec::{DiskSpec, Failure, MachineKind, NetSpec, Publish, RunSpec};
