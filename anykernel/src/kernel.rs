@@ -324,6 +324,8 @@ impl<H: Host> Kernel<H> {
         let signals = core::mem::take(&mut registry.stop_signals);
         let executors = core::mem::take(&mut registry.executors);
         drop(registry);
+        // Its own threads do so when they end, unless they ended by a panic; tasks often hold their executor.
+        executors.iter().for_each(|executor| executor.drop_tasks());
         drop((namespace, sockets, devices, nics, kinds, signals, executors));
     }
 }
@@ -331,6 +333,7 @@ impl<H: Host> Kernel<H> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hypercall::Threads;
     use hypercall::testing::TestHost;
     extern crate std;
 
@@ -344,6 +347,27 @@ mod tests {
         kernel.shutdown();
         assert_eq!(crate::task::block_on(host, waiting), None);
         assert_eq!(Arc::strong_count(&executor), 1);
+    }
+
+    /// A task that holds its executor keeps nothing alive, although the thread that would drop it is gone.
+    #[test]
+    fn a_thread_that_panicked_leaves_no_tasks_behind() {
+        let kernel = Kernel::new(TestHost::new(), Config::default());
+        let executor = kernel.start_executor_on("app", [CpuId(0)]).unwrap();
+        let (held, its) = (Arc::new(()), executor.clone());
+        let mine = held.clone();
+        executor.spawn(async move {
+            core::future::pending::<()>().await;
+            drop((its, mine));
+        });
+        executor.spawn(async { std::panic::resume_unwind(Box::new("on purpose")) });
+        let threads = core::mem::take(&mut kernel.registry.lock().threads);
+        for thread in threads {
+            assert!(kernel.host.join(thread).is_err());
+        }
+        drop(executor);
+        kernel.shutdown();
+        assert_eq!(Arc::strong_count(&held), 1);
     }
 
     #[test]

@@ -210,7 +210,7 @@ impl<H: Host> Executor<H> {
     }
 
     /// Drops every task that is not being polled by another thread just now (that thread drops it).
-    fn drop_tasks(&self) {
+    pub(crate) fn drop_tasks(&self) {
         loop {
             let mut state = self.state.lock();
             let ready = core::mem::take(&mut state.ready);
