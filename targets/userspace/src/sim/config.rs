@@ -1,10 +1,12 @@
 //! What a simulation, a node, a segment and a disk are like.
 
 use super::{DiskId, MS, SegmentId};
+use serde::Deserialize;
 use std::collections::BTreeMap;
 
 /// Who runs next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Schedule {
     /// In turns; a thread runs until it blocks or its time slice is over. The fastest.
     Turns,
@@ -114,7 +116,8 @@ impl NodeSetup {
 }
 
 /// What an Ethernet segment does to frames. Chances are in a million frames.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct LinkModel {
     /// From sending to arrival, beside the time on the wire.
     pub latency_ns: u64,

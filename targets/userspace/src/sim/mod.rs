@@ -28,6 +28,7 @@ mod host;
 mod memory;
 mod random;
 mod report;
+pub mod scenario;
 mod schedule;
 mod segment;
 mod trace;

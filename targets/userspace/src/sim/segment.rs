@@ -42,6 +42,22 @@ pub struct SegmentCounters {
     pub overrun: u64,
 }
 
+impl SegmentCounters {
+    /// All of them with their names.
+    pub fn list(&self) -> [(&'static str, u64); 8] {
+        [
+            ("sent", self.sent),
+            ("delivered", self.delivered),
+            ("lost", self.lost),
+            ("duplicated", self.duplicated),
+            ("reordered", self.reordered),
+            ("corrupted", self.corrupted),
+            ("partitioned", self.partitioned),
+            ("overrun", self.overrun),
+        ]
+    }
+}
+
 pub(super) struct Segment {
     model: LinkModel,
     ports: Vec<usize>,

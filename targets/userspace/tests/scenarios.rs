@@ -1,0 +1,76 @@
+//! The scenarios of the simulated host, for a bounded time.
+
+use anykernel_userspace::sim::scenario::{self, FaultRange, Options, Report};
+use anykernel_userspace::sim::{LinkModel, Schedule};
+use hypercall::Call;
+
+fn clean(report: &Report) {
+    println!(
+        "{}: {} hypercalls, {} virtual ms, {:?}",
+        report.scenario,
+        report.hypercalls,
+        report.virtual_ns / 1_000_000,
+        report.counters
+    );
+    let shown: Vec<_> = report.findings.iter().take(12).map(String::as_str).collect();
+    assert!(report.findings.is_empty(), "{} findings:\n{}", report.findings.len(), shown.join("\n"));
+}
+
+fn bad_link() -> LinkModel {
+    LinkModel {
+        loss_ppm: 20_000,
+        duplicate_ppm: 10_000,
+        reorder_ppm: 20_000,
+        corrupt_ppm: 5_000,
+        ..LinkModel::default()
+    }
+}
+
+#[test]
+fn transfer_over_a_bad_link() {
+    let options = Options { seconds: 20, nodes: 4, link: bad_link(), ..Options::default() };
+    let report = scenario::run(&options).unwrap();
+    clean(&report);
+    assert!(report.counters["bytes_received"] > 1 << 20, "{:?}", report.counters);
+    assert!(report.counters["frames_lost"] > 0 && report.counters["frames_corrupted"] > 0);
+    assert_eq!(report, scenario::run(&options).unwrap(), "the same seed is the same run");
+    let random = Options { schedule: Schedule::Random { switch_ppm: 50_000 }, seed: 2, ..options };
+    clean(&scenario::run(&random).unwrap());
+}
+
+#[test]
+fn power_cuts() {
+    for seed in 1..=4 {
+        let options = Options { scenario: "power-cuts".into(), seed, ..Options::default() };
+        let report = scenario::sweep_power_cuts(&options, 1);
+        clean(&report);
+        assert!(report.counters["files_checked"] > 10, "{:?}", report.counters);
+    }
+}
+
+fn faults(range: FaultRange, stride: u64) {
+    let options = Options { scenario: "faults".into(), ..Options::default() };
+    let report = scenario::sweep_faults(&options, &range, stride, 0);
+    clean(&report);
+    assert!(report.counters["injected"] > 0, "{:?}", report.counters);
+}
+
+#[test]
+fn each_call_fails_once() {
+    faults(FaultRange::Each, 1);
+}
+
+#[test]
+fn all_calls_fail_from_one_on() {
+    faults(FaultRange::EachFrom, 1);
+}
+
+#[test]
+fn each_park_returns_early() {
+    faults(FaultRange::EachOf(Call::Park), 1);
+}
+
+#[test]
+fn calls_fail_by_chance() {
+    faults(FaultRange::Chance(20_000, 300), 1);
+}
