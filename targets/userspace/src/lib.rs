@@ -20,6 +20,7 @@ pub mod runner;
 pub mod sim;
 mod spec;
 pub mod trace;
+pub mod usb;
 
 pub use disk::HostDisk;
 pub use heap::Heap;

@@ -17,6 +17,7 @@ pub use system::DomainExit;
 
 use crate::disk::HostDisk;
 use crate::link::{Link, LinkPort, Pcap};
+use crate::usb::UsbBus;
 use hypercall::ExitStatus;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -53,6 +54,8 @@ pub struct HostSetup {
     pub disks: Vec<HostDisk>,
     /// `nic0`, `nic1`, ...
     pub links: Vec<Link>,
+    /// USB devices of this machine.
+    pub usb: Option<Arc<UsbBus>>,
     /// Where frames of all links are recorded.
     pub pcap: Option<Arc<Pcap>>,
 }
@@ -74,6 +77,7 @@ struct Inner {
     stop_hook: OnceLock<StopHook>,
     disks: Vec<Arc<HostDisk>>,
     links: Vec<LinkPort>,
+    usb: Option<Arc<UsbBus>>,
     retired: AtomicBool,
 }
 
@@ -120,6 +124,10 @@ impl PosixHost {
         live.inner.clone().filter(|_| live.generation == self.generation)
     }
 
+    pub(crate) fn usb_bus(&self) -> Option<Arc<UsbBus>> {
+        self.with(|inner| inner.usb.clone()).flatten()
+    }
+
     /// How the domain ended, if [`hypercall::Exit::exit`] was called or a thread panicked.
     pub fn exit_status(&self) -> Option<ExitStatus> {
         self.with(|inner| inner.exit.get().copied()).flatten()
@@ -162,6 +170,7 @@ impl HostOwner {
                 .enumerate()
                 .map(|(i, link)| LinkPort::new(i, link, pcap.clone()))
                 .collect(),
+            usb: setup.usb,
             retired: AtomicBool::new(false),
         });
         let free = FREE_SLOTS.lock().recover().pop();
@@ -202,6 +211,9 @@ impl Inner {
         self.retired.store(true, std::sync::atomic::Ordering::Release);
         for link in &self.links {
             link.close();
+        }
+        if let Some(usb) = &self.usb {
+            usb.retire();
         }
         self.console.finish();
         // Who still runs was not joined as the contract asks; the thread frees itself when it ends.

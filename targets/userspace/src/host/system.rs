@@ -7,7 +7,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 impl Versions for PosixHost {
     fn contracts(&self) -> &'static [ContractVersion] {
-        &[ContractVersion::CORE, ContractVersion::BLOCK, ContractVersion::LINK]
+        &[ContractVersion::CORE, ContractVersion::BLOCK, ContractVersion::LINK, ContractVersion::USB]
     }
 }
 
