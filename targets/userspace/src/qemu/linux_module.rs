@@ -93,6 +93,24 @@ const LOUD: &str = "console=ttyS0 loglevel=7 panic=-1 oops=panic no_timer_check 
     rcupdate.rcu_cpu_stall_timeout=30 sysctl.kernel.panic_on_rcu_stall=1 \
     sysctl.kernel.hung_task_timeout_secs=60 sysctl.kernel.hung_task_panic=1";
 
+/// Where kernels are kept.
+fn store() -> Result<PathBuf, Failure> {
+    Ok(build::workspace()?.join("target/linux"))
+}
+
+/// The module, which nobody builds anew while the lock is held.
+fn built(kernel: &kernel::GuestKernel, feature: Option<String>) -> Result<(PathBuf, fs::File), Failure> {
+    let workspace = build::workspace()?;
+    let exclusive = build::exclusive(&workspace.join("target/linux-module"))?;
+    let plan = module_build::Build { workspace, kernel: kernel.headers.clone(), feature };
+    Ok((module_build::build::<Failure>(&plan, &mut build::step)?.path, exclusive))
+}
+
+/// Builds the module for Debian's kernel of a series if it is not up to date, and says where it is.
+pub fn module(series: &str) -> Result<PathBuf, Failure> {
+    Ok(built(&kernel::find(series, &store()?)?, None)?.0)
+}
+
 /// How QEMU ended, what came out of the second serial port, and out of the first, if there was a script.
 type Booted = (Result<ExitStatus, Failure>, String, String);
 
@@ -103,16 +121,12 @@ fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Resul
             LEAST_MEMORY >> 20
         )));
     }
-    let workspace = build::workspace()?;
-    let store = workspace.join("target/linux");
+    let store = store()?;
     let kernel = kernel::find(series, &store)?;
     let text = script.map(|(text, _)| text);
     let archive = {
-        let _exclusive = build::exclusive(&workspace.join("target/linux-module"))?;
-        let feature = spec.feature().map(Into::into);
-        let plan = module_build::Build { workspace, kernel: kernel.headers.clone(), feature };
-        let module = module_build::build::<Failure>(&plan, &mut build::step)?;
-        initramfs(spec, &kernel, &module.path, &kernel::busybox(&store)?, text)?
+        let (module, _exclusive) = built(&kernel, spec.feature().map(Into::into))?;
+        initramfs(spec, &kernel, &module, &kernel::busybox(&store)?, text)?
     };
 
     let initrd = Temporary::new(&store, "initrd", &archive)?;
