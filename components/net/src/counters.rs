@@ -42,6 +42,8 @@ counters! {
     resets_received = "net.tcp.resets_received",
     /// Connections whose segments routers may cut, because a router asked for shorter ones.
     fragmentable = "net.tcp.fragmentable",
+    /// Connections that waited for nothing and were made to go on.
+    roused = "net.tcp.roused",
     /// SYN-ACKs sent again.
     synack_retries = "net.tcp.synack_retries",
     /// Dropped: shorter than its headers say, or a header that makes no sense.
@@ -56,6 +58,8 @@ counters! {
     drop_address = "net.drop.address",
     /// Dropped: fragments that overlap, are late, or exceed the bounds of reassembly.
     drop_fragment = "net.drop.fragment",
+    /// Dropped: data beyond the window.
+    drop_window = "net.drop.window",
     /// Dropped: no listener, socket or connection for it (answered with an error where one is due).
     drop_no_socket = "net.drop.no_socket",
     /// Dropped: the backlog of a listener was full.

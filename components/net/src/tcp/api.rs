@@ -2,6 +2,7 @@
 
 use super::engine::Engine;
 use super::flow::ORPHAN_NS;
+use super::mend::Progress;
 use super::table::Tuple;
 use crate::shard::{FlowId, Shard, scope_of};
 use anykernel::socket::{NetError, Result, Shutdown};
@@ -40,7 +41,8 @@ impl Shard {
         if !engine.connect(&tuple) {
             return Err(NetError::Invalid);
         }
-        let key = self.flow_insert(tuple, hash, engine, None).ok_or(NetError::NoMemory)?;
+        let key =
+            self.flow_insert(tuple, hash, engine, Progress::default(), None).ok_or(NetError::NoMemory)?;
         self.service(key);
         Ok(FlowId { shard: self.id, key })
     }
@@ -74,6 +76,7 @@ impl Shard {
         if socket.can_recv() {
             let queued = socket.recv_queue();
             let n = socket.recv_slice(buf).unwrap_or(0);
+            flow.progress.taken = flow.progress.taken.wrapping_add(n as u32);
             // The peer is told of room when it may matter to it: after much was read, or when the buffer was filling
             // up. Otherwise the next acknowledgement does it, and a small request costs no look at the engine. An
             // end may also have waited for the last byte to be read.
@@ -109,6 +112,7 @@ impl Shard {
             _ => match socket.send_slice(data) {
                 Ok(0) => {}
                 Ok(n) => {
+                    flow.progress.given = flow.progress.given.wrapping_add(n as u32);
                     self.service(id.key);
                     return Poll::Ready(Ok(n));
                 }

@@ -15,6 +15,7 @@ use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use super::table::Tuple;
 use crate::config::Limits;
+use crate::packet::{flag, protocol, put, write_ip_header};
 
 /// Where the packets of an engine go.
 pub(crate) trait Egress {
@@ -197,6 +198,19 @@ impl Engine {
     pub(crate) fn ingress(&mut self, now_ns: u64, packet: &[u8], egress: &mut dyn Egress) {
         let mut device = Device { path: self.path, packet: Some(packet), egress };
         self.iface.poll_ingress_single(instant(now_ns), &mut device, &mut self.sockets);
+    }
+
+    /// Takes in an empty segment as if the peer had sent it.
+    pub(crate) fn hear(&mut self, now_ns: u64, tuple: &Tuple, seq: u32, ack: u32, window: u16) {
+        let mut packet = [0; 60];
+        let at = write_ip_header(&mut packet, tuple.remote, tuple.local, protocol::TCP, 64, 20);
+        put(&mut packet, at, &tuple.remote_port.to_be_bytes());
+        put(&mut packet, at + 2, &tuple.local_port.to_be_bytes());
+        put(&mut packet, at + 4, &seq.to_be_bytes());
+        put(&mut packet, at + 8, &ack.to_be_bytes());
+        put(&mut packet, at + 12, &[5 << 4, flag::ACK]);
+        put(&mut packet, at + 14, &window.to_be_bytes());
+        self.ingress(now_ns, packet.get(..at + 20).unwrap_or_default(), &mut Nowhere);
     }
 
     /// Sends at most one packet. `false`: there was none to send, or no room.

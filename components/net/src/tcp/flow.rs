@@ -1,14 +1,13 @@
 //! A connection: the engine, who waits for it, and how it ends.
 
-use super::engine::{Egress, Engine};
+use super::egress::{Emitted, LinkEgress, Way};
+use super::engine::Engine;
 use super::listen::{Accept, Accepted};
+use super::mend::Progress;
 use super::table::{Target, Tuple};
 use super::timewait::TimeWait;
-use crate::checksum::Sum;
-use crate::io::{Io, Layout};
-use crate::neighbor::Neighbors;
-use crate::packet::{Ip, Mac, Tcp, flag, put};
-use crate::route::{Hop, LOOPBACK};
+use crate::packet::{Ip, Tcp, flag};
+use crate::route::Hop;
 use crate::shard::{FlowId, Shard, Timer};
 use crate::slab::Key;
 use alloc::boxed::Box;
@@ -35,39 +34,27 @@ const KEEPALIVE_TRIES: u64 = 4;
 const ACK_DELAY: Duration = Duration::from_millis(10);
 /// ... but not for the first segments with data, while the peer's congestion window is small and grows with every one.
 const QUICK_ACKS: u8 = 16;
-/// The largest unit of a scaled window in bytes (RFC 7323, 2.3), which rounding can take from it.
-const MOST_ROUNDING: u32 = 1 << 14;
 /// More than was ever sent and not acknowledged.
 const MAX_FLIGHT: u32 = 1 << 24;
 /// Guards against an engine that wants to be polled at once for ever.
-const MIN_WAIT_NS: u64 = 1_000_000;
-
-/// What the last segments sent said; TIME-WAIT answers with it when the engine is gone.
-#[derive(Debug, Clone, Copy, Default)]
-struct Emitted {
-    seq: u32,
-    ack: u32,
-    window: u16,
-    count: u32,
-}
+pub(super) const MIN_WAIT_NS: u64 = 1_000_000;
+/// How often a connection is looked at that waits for something without a time.
+pub(super) const SLOW_NS: u64 = 1_000_000_000;
 
 /// A connection.
 pub(crate) struct Flow {
     pub(super) tuple: Tuple,
     hash: u64,
-    hop: Hop,
+    way: Way,
     /// Gone when the connection is over and everything was read.
     pub(super) engine: Option<Box<Engine>>,
-    emitted: Emitted,
-    /// Acknowledgement and window of the peer's last segment.
-    said: (u32, u16),
+    pub(super) emitted: Emitted,
+    pub(super) progress: Progress,
     /// How many segments had been sent when TIME-WAIT began.
     before_time_wait: Option<u32>,
     pub(super) established: bool,
     /// How many segments with data are still acknowledged at once.
     quick_acks: u8,
-    /// A router told that our segments are too long for its next link.
-    may_fragment: bool,
     /// Bytes that the application read since the engine last looked whether to announce room.
     pub(super) unannounced: usize,
     /// No handle is left.
@@ -87,88 +74,6 @@ pub(crate) struct Flow {
     pub(super) keepalive_ns: Option<u64>,
 }
 
-/// The way out of a connection.
-struct LinkEgress<'a> {
-    io: &'a mut Io,
-    neighbors: &'a mut Neighbors,
-    hop: Hop,
-    now_ns: u64,
-    v6: bool,
-    mac: Option<Mac>,
-    emitted: &'a mut Emitted,
-    may_fragment: bool,
-    /// The next hop has to be asked for first.
-    unresolved: bool,
-    probe: bool,
-    full: bool,
-}
-
-impl LinkEgress<'_> {
-    fn resolve(&mut self) -> bool {
-        if self.mac.is_some() || self.hop.iface == LOOPBACK {
-            return true;
-        }
-        match self.neighbors.lookup(self.hop.iface, self.hop.next, self.now_ns) {
-            Some((mac, probe)) => {
-                self.mac = Some(mac);
-                self.probe = probe;
-                true
-            }
-            None => {
-                self.unresolved = true;
-                false
-            }
-        }
-    }
-}
-
-impl Egress for LinkEgress<'_> {
-    fn ready(&mut self) -> bool {
-        if !self.io.has_room(self.hop.iface) {
-            self.full = true;
-            return false;
-        }
-        self.resolve()
-    }
-
-    fn send(&mut self, len: usize, mss: Option<u16>, fill: &mut dyn FnMut(&mut [u8])) {
-        let header_len = if self.v6 { 40 } else { 20 };
-        let emitted = &mut *self.emitted;
-        let may_fragment = self.may_fragment && !self.v6;
-        let mut write = |buf: &mut [u8]| {
-            fill(buf);
-            if may_fragment {
-                let ident = emitted.count as u16;
-                allow_fragments(buf, ident);
-            }
-            if let Some(tcp) = buf.get(header_len..).and_then(Tcp::parse) {
-                emitted.seq = tcp.end();
-                emitted.ack = tcp.ack;
-                emitted.window = tcp.window;
-                emitted.count = emitted.count.wrapping_add(1);
-            }
-        };
-        let resolved = self.mac.is_some()
-            || self.hop.iface == LOOPBACK
-            || match self.neighbors.lookup(self.hop.iface, self.hop.next, self.now_ns) {
-                Some((mac, _)) => {
-                    self.mac = Some(mac);
-                    true
-                }
-                None => false,
-            };
-        if resolved {
-            let layout = Layout::tcp(self.v6, mss);
-            self.io.transmit(self.hop.iface, self.mac.unwrap_or_default(), len, layout, &mut write);
-        } else {
-            // An immediate answer to a neighbour that was forgotten: the peer will repeat what it sent.
-            self.unresolved = true;
-            self.io.counters.drop_unresolved.increment();
-            write(&mut alloc::vec![0; len]);
-        }
-    }
-}
-
 impl Flow {
     /// It was taken from the queue of those with something to do.
     pub(crate) fn unqueue(&mut self) {
@@ -180,7 +85,7 @@ impl Flow {
     }
 
     /// Whether the peer owes us an acknowledgement.
-    fn is_owed(&self) -> bool {
+    pub(super) fn is_owed(&self) -> bool {
         let Some(engine) = &self.engine else { return false };
         let socket = engine.socket();
         match socket.state() {
@@ -210,24 +115,26 @@ impl Flow {
 
 impl Shard {
     /// Makes a connection of an engine and puts it into the table. `None`: no memory.
-    pub(crate) fn flow_insert(
+    pub(super) fn flow_insert(
         &mut self,
         tuple: Tuple,
         hash: u64,
         engine: Engine,
+        progress: Progress,
         accept: Option<Arc<Accept>>,
     ) -> Option<Key> {
         let hop = self.routes.lookup(tuple.remote, self.scope)?;
+        let way = Way { hop, v6: tuple.remote.is_ipv6(), may_fragment: false };
         let flow = Flow {
             tuple,
             hash,
-            hop,
+            way,
             engine: Some(Box::new(engine)),
-            emitted: Emitted::default(),
+            emitted: Emitted { seq: progress.first_out, ..Emitted::default() },
+            progress,
             before_time_wait: None,
             established: false,
             quick_acks: QUICK_ACKS,
-            may_fragment: false,
             unannounced: 0,
             orphan: false,
             orphan_deadline_ns: 0,
@@ -235,7 +142,6 @@ impl Shard {
             aborted: false,
             error: None,
             accept,
-            said: (0, 0),
             recv_waker: None,
             send_waker: None,
             timer: None,
@@ -268,44 +174,17 @@ impl Shard {
         flow.heard_ns = self.now_ns;
         let before = flow.state();
         let count = flow.emitted.count;
-        // smoltcp reads neither acknowledgement nor window of an empty segment that begins elsewhere than it expects. Two
-        // ends of its kind then wait for each other for ever in two cases, in which other stacks read on:
-        // - Both probed a closed window at once, and both took the other's byte as the windows opened. smoltcp does not
-        //   count that byte as sent, so what either says from then on begins one too early, like a keep-alive.
-        // - Our window closed a few bytes before the edge that was announced first, because a scaled window is rounded
-        //   (RFC 7323, 2.4). The peer sent those bytes, we did not take them, and what it says begins after them.
-        // So news is passed on as if it began where it is expected. A keep-alive proper has no news and stays as it is.
-        let said = (tcp.ack, tcp.window);
-        let begins_early = tcp.seq.wrapping_add(1) == flow.emitted.ack;
-        let begins_late =
-            flow.emitted.window == 0 && (1..=MOST_ROUNDING).contains(&tcp.seq.wrapping_sub(flow.emitted.ack));
-        let elsewhere = begins_early || begins_late;
-        let mended =
-            (flow.established && tcp.len == 0 && tcp.flags == flag::ACK && elsewhere && said != flow.said)
-                .then(|| {
-                    let header = ip.whole.len() - ip.payload.len();
-                    let mut packet = Vec::new();
-                    packet.try_reserve_exact(ip.whole.len()).ok()?;
-                    packet.extend_from_slice(ip.whole);
-                    // The engine does not look at the checksum, which was verified.
-                    put(&mut packet, header + 4, &flow.emitted.ack.to_be_bytes());
-                    Some(packet)
-                })
-                .flatten();
-        flow.said = said;
-        let mut egress = LinkEgress {
-            io: &mut self.io,
-            neighbors: &mut self.neighbors,
-            hop: flow.hop,
-            now_ns: self.now_ns,
-            v6: flow.tuple.remote.is_ipv6(),
-            mac: None,
-            emitted: &mut flow.emitted,
-            may_fragment: flow.may_fragment,
-            unresolved: false,
-            probe: false,
-            full: false,
-        };
+        if tcp.has(flag::SYN) && before == State::SynSent {
+            (flow.progress.first_in, flow.progress.first_out) = (tcp.seq.wrapping_add(1), flow.emitted.seq);
+        }
+        if flow.is_beyond_window(tcp) {
+            return self.io.counters.drop_window.increment();
+        }
+        if !flow.hear(tcp, self.now_ns) {
+            return self.touch(key);
+        }
+        let mut egress =
+            LinkEgress::new(&mut self.io, &mut self.neighbors, self.now_ns, flow.way, &mut flow.emitted);
         if let Some(engine) = &mut flow.engine {
             if tcp.len > 0 {
                 // What the device merged is more than one segment, of which every second is due an answer.
@@ -313,7 +192,7 @@ impl Shard {
                 flow.quick_acks = flow.quick_acks.saturating_sub(1);
                 engine.socket_mut().set_ack_delay(Some(if quick { Duration::ZERO } else { ACK_DELAY }));
             }
-            engine.ingress(self.now_ns, mended.as_deref().unwrap_or(ip.whole), &mut egress);
+            engine.ingress(self.now_ns, ip.whole, &mut egress);
         }
         let after = flow.state();
         if after == State::TimeWait && before != State::TimeWait {
@@ -345,29 +224,18 @@ impl Shard {
         let Some(flow) = self.flows.get_mut(key) else { return };
         let Some(engine) = flow.engine.as_mut() else { return self.flow_finish(key) };
         let before = engine.socket().state();
-        let mut egress = LinkEgress {
-            io: &mut self.io,
-            neighbors: &mut self.neighbors,
-            hop: flow.hop,
-            now_ns,
-            v6: flow.tuple.remote.is_ipv6(),
-            mac: None,
-            emitted: &mut flow.emitted,
-            may_fragment: flow.may_fragment,
-            unresolved: false,
-            probe: false,
-            full: false,
-        };
+        let mut egress =
+            LinkEgress::new(&mut self.io, &mut self.neighbors, now_ns, flow.way, &mut flow.emitted);
         let mut sent = 0;
         while sent < BURST && engine.egress(now_ns, &mut egress) {
             sent += 1;
         }
         let (unresolved, probe, full) = (egress.unresolved, egress.probe, egress.full);
-        let (mac, hop) = (egress.mac, flow.hop);
+        let (mac, hop) = (egress.mac, flow.way.hop);
 
         let state = engine.socket().state();
         if flow.read_shut {
-            discard(engine);
+            flow.progress.taken = flow.progress.taken.wrapping_add(discard(engine));
         } else if flow.orphan && !flow.aborted && engine.socket().can_recv() {
             // Data for nobody (RFC 9293, 3.6.1).
             flow.aborted = true;
@@ -425,6 +293,12 @@ impl Shard {
                 self.wakers.extend(flow.send_waker.take());
             }
         }
+        let engine_at = if unresolved || full {
+            // It is touched when it can go on; a slow timer covers lost answers.
+            Some(now_ns + SLOW_NS)
+        } else {
+            flow.engine_deadline_ns(now_ns, &self.io.counters)
+        };
         flow.owed_since_ns = if flow.is_owed() { flow.owed_since_ns.or(Some(now_ns)) } else { None };
         if let Some(mac) = mac
             && probe
@@ -439,7 +313,7 @@ impl Shard {
             self.touch(key);
         }
         self.flow_finish(key);
-        self.flow_arm(key, unresolved || full);
+        self.flow_arm(key, engine_at);
     }
 
     /// Waits for the next hop's link address.
@@ -455,16 +329,10 @@ impl Shard {
 
     /// Sets the timer of a connection if the one that is set is too late. (One that is too early is kept: it costs one
     /// look, where moving it would cost one for every packet.)
-    fn flow_arm(&mut self, key: Key, blocked: bool) {
-        let now_ns = self.now_ns;
+    fn flow_arm(&mut self, key: Key, engine_at: Option<u64>) {
         let Some(flow) = self.flows.get_mut(key) else { return };
+        let engine_at = engine_at.filter(|_| flow.engine.is_some());
         let dead_at = flow.dead_at_ns();
-        let engine_at = match flow.engine.as_mut() {
-            // A blocked connection is touched when it can go on; a slow timer covers lost answers.
-            Some(_) if blocked => Some(now_ns + 1_000_000_000),
-            Some(engine) => engine.next_deadline_ns(now_ns).map(|at| at.max(now_ns + MIN_WAIT_NS)),
-            None => None,
-        };
         let Some(due) = [dead_at, engine_at].into_iter().flatten().min() else { return };
         if flow.timer.is_some_and(|(at, _)| at <= due) {
             return;
@@ -529,8 +397,8 @@ impl Shard {
         let Some(Target::Flow(key)) = self.demux.get(hash, tuple) else { return };
         let Some(flow) = self.flows.get_mut(key) else { return };
         // Only what was sent lately: a stranger would have to guess the sequence number (RFC 5927, 7.2).
-        if flow.emitted.seq.wrapping_sub(seq) <= MAX_FLIGHT && !flow.may_fragment {
-            flow.may_fragment = true;
+        if flow.emitted.seq.wrapping_sub(seq) <= MAX_FLIGHT && !flow.way.may_fragment {
+            flow.way.may_fragment = true;
             self.io.counters.fragmentable.increment();
         }
     }
@@ -603,21 +471,15 @@ impl Shard {
     }
 }
 
-/// Drops received data that nobody will read, so that the window stays open.
-fn discard(engine: &mut Engine) {
+/// Drops received data that nobody will read, so that the window stays open. Returns how many bytes.
+fn discard(engine: &mut Engine) -> u32 {
     let socket = engine.socket_mut();
+    let mut dropped = 0;
     while socket.can_recv() {
-        if socket.recv(|data| (data.len(), ())).is_err() {
-            break;
+        match socket.recv(|data| (data.len(), data.len())) {
+            Ok(len) => dropped += len as u32,
+            Err(_) => break,
         }
     }
-}
-
-/// Takes the "don't fragment" flag off an IPv4 packet and numbers it instead.
-fn allow_fragments(packet: &mut [u8], ident: u16) {
-    put(packet, 4, &ident.to_be_bytes());
-    put(packet, 6, &[0; 2]);
-    put(packet, 10, &[0; 2]);
-    let sum = packet.get(..20).map_or(0, |header| Sum::default().bytes(header).finish());
-    put(packet, 10, &sum.to_be_bytes());
+    dropped
 }

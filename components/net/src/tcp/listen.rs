@@ -5,6 +5,7 @@
 //! the SYN with that seed, arrives at the same sequence numbers, and takes the ACK.
 
 use super::engine::{Egress, Engine, Path};
+use super::mend::Progress;
 use super::table::{Target, Tuple};
 use crate::io::Layout;
 use crate::packet::{Ip, Tcp, flag, put};
@@ -291,7 +292,9 @@ impl Shard {
         let mut capture = Capture::default();
         engine.ingress(half.syn_ns, &half.syn, &mut capture);
         engine.egress(half.syn_ns, &mut capture);
-        match self.flow_insert(half.tuple, half.hash, engine, Some(half.accept.clone())) {
+        let (first_in, first_out) = (half.irs.wrapping_add(1), half.iss.wrapping_add(1));
+        let progress = Progress { first_in, first_out, ..Progress::default() };
+        match self.flow_insert(half.tuple, half.hash, engine, progress, Some(half.accept.clone())) {
             Some(flow) => self.flow_in(flow, ip, tcp),
             None => {
                 half.accept.release();

@@ -1,9 +1,11 @@
 //! TCP (RFC 9293): the table of connections, listening ports, TIME-WAIT, and one smoltcp engine per connection.
 
 mod api;
+mod egress;
 pub(crate) mod engine;
 pub(crate) mod flow;
 pub(crate) mod listen;
+mod mend;
 pub(crate) mod table;
 pub(crate) mod timewait;
 

@@ -64,11 +64,9 @@ fn two_probes_that_cross_do_not_stop_a_connection() {
 fn survives_loss_duplication_and_reordering() {
     for seed in 1..=5u64 {
         let mut world = two();
-        for _ in 0..seed {
-            world.random();
-        }
+        world.reseed(seed);
         let (client, server) = world.pair();
-        world.link = Link { delay_ns: MS, lost: 10_000, duplicated: 10_000, late: 20_000, forged: 0 };
+        world.link = Link { delay_ns: MS, lost: 10_000, duplicated: 10_000, late: 20_000, ..Link::default() };
         world.transfer((0, client), (1, server), 1 << 20, 600 * SECOND);
         world.transfer((1, server), (0, client), 1 << 20, 600 * SECOND);
     }
@@ -78,9 +76,7 @@ fn survives_loss_duplication_and_reordering() {
 fn a_lost_handshake_is_repeated() {
     for seed in 1..=20u64 {
         let mut world = two();
-        for _ in 0..seed {
-            world.random();
-        }
+        world.reseed(seed);
         world.link.lost = 300_000;
         let accept = world.listen(1, "0.0.0.0:80", 16);
         let client = world.connect(0, "10.0.0.1:50000", "10.0.0.2:80").unwrap();
@@ -311,9 +307,7 @@ fn somebody_in_the_middle_forges_segments() {
     let (mut bytes, mut resets) = (0usize, 0);
     for seed in 1..=300u64 {
         let mut world = two();
-        for _ in 0..seed * 3 {
-            world.random();
-        }
+        world.reseed(seed);
         let (client, server) = world.pair();
         world.link.forged = 100_000;
         world.link.late = 100_000;

@@ -99,16 +99,17 @@ impl Spec {
     }
 }
 
-/// What a link does to frames.
-#[derive(Clone, Copy)]
+/// What a link does to frames; all but the delay in a million frames.
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Link {
     pub(crate) delay_ns: u64,
-    /// In a million frames.
     pub(crate) lost: u64,
     pub(crate) duplicated: u64,
     pub(crate) late: u64,
     /// A byte of the headers is changed and the checksums are made right again.
     pub(crate) forged: u64,
+    /// A TCP segment says that the window is closed.
+    pub(crate) shut: u64,
 }
 
 /// All stacks and the link between them.
@@ -128,7 +129,7 @@ impl World {
         let mut world = Self {
             now_ns: SECOND,
             nodes: Vec::new(),
-            link: Link { delay_ns: 100_000, lost: 0, duplicated: 0, late: 0, forged: 0 },
+            link: Link { delay_ns: 100_000, ..Link::default() },
             frames: 0,
             trace: None,
             flying: BTreeMap::new(),
@@ -162,6 +163,11 @@ impl World {
         world
     }
 
+    /// Starts another run of chance.
+    pub(crate) fn reseed(&mut self, seed: u64) {
+        self.seed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).max(1);
+    }
+
     pub(crate) fn random(&mut self) -> u64 {
         self.seed ^= self.seed << 13;
         self.seed ^= self.seed >> 7;
@@ -184,13 +190,19 @@ impl World {
                 }
                 for to in (0..self.nodes.len()).filter(|to| *to != from) {
                     let for_it = frame[0] & 1 == 1 || frame[..6] == self.nodes[to].mac;
-                    if !for_it || self.random() % 1_000_000 < self.link.lost {
+                    let lost = self.random() % 1_000_000 < self.link.lost;
+                    if !for_it || lost {
                         continue;
                     }
                     let mut frame = frame.clone();
                     if self.random() % 1_000_000 < self.link.forged {
                         let at = 12 + self.random() as usize % 54.min(frame.len() - 12);
                         frame[at] = self.random() as u8;
+                        super::ip::repair(&mut frame);
+                    }
+                    let is_tcp = frame.len() >= 54 && frame[12..14] == [8, 0] && frame[23] == 6;
+                    if is_tcp && frame[47] & 2 == 0 && self.random() % 1_000_000 < self.link.shut {
+                        frame[48..50].fill(0);
                         super::ip::repair(&mut frame);
                     }
                     let copies = 1 + u64::from(self.random() % 1_000_000 < self.link.duplicated);
@@ -313,7 +325,12 @@ impl World {
 
     /// `None`: would wait.
     pub(crate) fn recv(&mut self, node: usize, flow: FlowId) -> Option<Result<Vec<u8>>> {
-        let mut buf = std::vec![0; 16 << 10];
+        self.recv_up_to(node, flow, 16 << 10)
+    }
+
+    /// `None`: would wait.
+    pub(crate) fn recv_up_to(&mut self, node: usize, flow: FlowId, len: usize) -> Option<Result<Vec<u8>>> {
+        let mut buf = std::vec![0; len];
         let result = ready(self.shard(node, flow).tcp_poll_recv(flow, &mut cx(), &mut buf))?;
         Some(result.map(|n| {
             buf.truncate(n);
@@ -359,7 +376,7 @@ impl World {
     }
 }
 
-fn pattern(at: usize) -> u8 {
+pub(crate) fn pattern(at: usize) -> u8 {
     (at ^ (at >> 8) ^ (at >> 16)) as u8
 }
 
