@@ -173,13 +173,11 @@ impl<H: Host> Device<H> {
     /// Ends the halt of an endpoint, at both ends. Nothing may be in flight there.
     pub(crate) async fn clear_halt(&self, endpoint: u8) -> Result<(), Failure> {
         match &self.platform {
-            Some(platform) => platform.clear_halt(endpoint).await.map_err(|failure| self.judge(failure)),
-            None => {
-                self.control_out(request::clear_endpoint_halt(endpoint), &[]).await?;
-                let slot = self.identity.slot;
-                self.engine.command(Command::ResetEndpoint { slot, endpoint }).await.map(drop)
-            }
+            Some(platform) => platform.clear_halt(endpoint).await.map_err(|failure| self.judge(failure))?,
+            None => self.control_out(request::clear_endpoint_halt(endpoint), &[]).await?,
         }
+        let slot = self.identity.slot;
+        self.engine.command(Command::ResetEndpoint { slot, endpoint }).await.map(drop)
     }
 
     /// Takes an interface for a driver. Only a platform has other takers.
@@ -200,20 +198,18 @@ impl<H: Host> Device<H> {
     pub(crate) async fn set_alternate(&self, interface: u8, alternate: u8) -> Result<(), Failure> {
         let new = self.configuration().and_then(|one| one.setting(interface, alternate));
         let new = new.ok_or(Failure::Stall)?;
+        let old = self.setting_in_use(interface);
+        let remove = old.map(|old| self.specs(old).map(|spec| spec.address).collect());
+        let command = Command::Configure {
+            slot: self.identity.slot,
+            remove: remove.unwrap_or_default(),
+            add: self.specs(new).collect(),
+            hub: None,
+        };
+        self.engine.command(command).await?;
         match &self.platform {
             Some(platform) => platform.set_alternate(interface, alternate).await?,
-            None => {
-                let old = self.setting_in_use(interface);
-                let remove = old.map(|old| self.specs(old).map(|spec| spec.address).collect());
-                let command = Command::Configure {
-                    slot: self.identity.slot,
-                    remove: remove.unwrap_or_default(),
-                    add: self.specs(new).collect(),
-                    hub: None,
-                };
-                self.engine.command(command).await?;
-                self.control_out(request::set_interface(interface, alternate), &[]).await?;
-            }
+            None => self.control_out(request::set_interface(interface, alternate), &[]).await?,
         }
         let mut state = self.state.lock();
         state.alternates.retain(|one| one.0 != interface);
@@ -244,6 +240,8 @@ impl<H: Host> Device<H> {
     pub(crate) async fn reset(&self) -> Result<(), Failure> {
         if let Some(platform) = &self.platform {
             platform.reset().await.map_err(|failure| self.judge(failure))?;
+            let (slot, max_packet) = (self.identity.slot, self.identity.descriptor.max_packet);
+            self.engine.command(Command::Readdress { slot, max_packet }).await?;
             let alternates = self.state.lock().alternates.clone();
             for (interface, alternate) in alternates.into_iter().filter(|one| one.1 != 0) {
                 platform.set_alternate(interface, alternate).await?;

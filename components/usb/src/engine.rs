@@ -47,6 +47,8 @@ pub enum Failure {
     Gone,
     /// The controller did not take it.
     Controller(ControllerError),
+    /// The platform did not do it.
+    Host(hypercall::Error),
 }
 
 impl fmt::Display for Failure {
@@ -59,6 +61,7 @@ impl fmt::Display for Failure {
             Self::Cancelled => "cancelled",
             Self::Gone => "the device is gone",
             Self::Controller(error) => return error.fmt(f),
+            Self::Host(error) => return error.fmt(f),
         })
     }
 }

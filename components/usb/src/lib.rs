@@ -14,6 +14,7 @@ pub mod controller;
 pub mod descriptor;
 mod device;
 mod engine;
+mod platform;
 mod port;
 pub mod quirks;
 mod request;
@@ -27,6 +28,7 @@ pub mod usbmon;
 
 pub use class::storage;
 pub use engine::Failure;
+pub use platform::{Claim, PLATFORM_MANIFEST, PlatformStack};
 pub use port::hub_port_status;
 pub use stack::{MANIFEST, Options, UsbStack};
 pub use tree::{DriverNote, Listed, Node, NodeDevice, NodeState};

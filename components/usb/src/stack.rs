@@ -3,6 +3,7 @@
 use crate::controller::{HostController, Slot, Translator};
 use crate::device::Device;
 use crate::engine::{Engine, Turn};
+use crate::platform::Claim;
 use crate::port::{self, Ports};
 use crate::quirks::{self, QuirkEntry, Quirks};
 use crate::tree::{DriverNote, Listed, Node, NodeDevice, NodeState};
@@ -32,6 +33,8 @@ pub const MANIFEST: Manifest = Manifest {
 pub struct Options {
     /// Quirks beside those of [`quirks::TABLE`].
     pub quirks: Vec<QuirkEntry>,
+    /// Which devices of a platform are taken. A stack on a controller of its own has them all.
+    pub claim: Claim,
 }
 
 /// What users can read of a stack, as `usb.NAME`.

@@ -23,4 +23,5 @@ mod start;
 mod testing;
 pub mod tmpfs;
 
+pub use partition::scan as scan_partitions;
 pub use start::{MANIFEST, start};

@@ -57,6 +57,11 @@ pub(crate) fn choose(identity: &Identity) -> usize {
     best.map_or(0, |(index, _)| index)
 }
 
+/// Whether there is a driver for anything in it.
+pub(crate) fn has_driver(configuration: &Configuration) -> bool {
+    !functions(configuration).is_empty()
+}
+
 /// Starts the drivers of a device. Each holds `busy` until it has found out what there is.
 pub(crate) fn start<H: Host>(shared: &Arc<Shared<H>>, device: &Arc<Device<H>>, busy: &Busy<H>) {
     if device.identity.quirks.contains(Quirks::IGNORE_DEVICE) {

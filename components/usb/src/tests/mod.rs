@@ -1,5 +1,6 @@
 //! The stack over models.
 
 mod enumeration;
+mod platform;
 mod storage;
 mod support;

@@ -174,7 +174,7 @@ fn a_false_residue_needs_its_quirk() {
     assert_eq!(stick.read(0, 1024), Err(BlockError::Io));
 
     let quirks = crate::quirks::parse("46f4:0001:r").unwrap();
-    let world = World::with(1, 8, crate::Options { quirks });
+    let world = World::with(1, 8, crate::Options { quirks, ..Default::default() });
     let (model, state) = StorageModel::new(medium.clone());
     state.lock().unwrap().faults.push(Fault::FalseResidue);
     world.bus.plug(1, model);

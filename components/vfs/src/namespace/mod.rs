@@ -117,7 +117,12 @@ impl<H: Host> MountTree<H> {
                 fail(FsError::Unsupported, format!("unknown file system kind {name}: known are {}", known()))
             })?),
         };
-        let devices = kernel.block_devices();
+        let mut devices = kernel.block_devices();
+        if source != "tmpfs" && !devices.iter().any(|device| device.info().name == source) {
+            // It may be on a disk that was plugged in since.
+            crate::partition::scan(&kernel);
+            devices = kernel.block_devices();
+        }
         let device = devices.iter().find(|device| device.info().name == source);
         if let Some(busy) = device.and_then(|device| table.uses(&device.info().name)) {
             let line = format!("the device is mounted at {} already", String::from_utf8_lossy(&busy));

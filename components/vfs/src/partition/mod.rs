@@ -112,21 +112,31 @@ impl<H: Host> Reader<'_, H> {
     }
 }
 
-/// Looks for partitions on every device that is registered now, and registers them. A disk that cannot be read is
-/// reported and skipped.
-pub(crate) fn scan<H: Host>(kernel: &Kernel<H>) {
-    for disk in kernel.block_devices() {
+/// Looks for partitions on every device that is registered now and has none yet, and registers them. A disk that cannot
+/// be read is reported and skipped. Called again for disks that were plugged in since; a mount does so by itself when it
+/// misses its device. Context: thread. Blocks.
+pub fn scan<H: Host>(kernel: &Kernel<H>) {
+    let devices = kernel.block_devices();
+    let is_part = |name: &str, disk: &str| {
+        let number = name.strip_prefix(disk).and_then(|rest| rest.strip_prefix('p'));
+        number.is_some_and(|number| number.parse::<u32>().is_ok())
+    };
+    for disk in &devices {
         let name = disk.info().name.clone();
+        let related = devices.iter().map(|other| &other.info().name);
+        if related.into_iter().any(|other| is_part(other, &name) || is_part(&name, other)) {
+            continue;
+        }
         let sector_size = disk.info().sector_size as usize;
         if !sector_size.is_power_of_two() || !(512..=4096).contains(&sector_size) || disk.info().sectors < 2 {
             continue;
         }
-        let reader = Reader { host: kernel.host(), disk: &disk };
+        let reader = Reader { host: kernel.host(), disk };
         let mut refused = Vec::new();
         match find(&reader, &mut refused) {
             Ok(extents) => {
                 for extent in extents {
-                    kernel.add_block_device(Arc::new(partition(&disk, extent)));
+                    kernel.add_block_device(Arc::new(partition(disk, extent)));
                 }
             }
             Err(error) => log::warn!("{name}: its partitions are unknown: {error}"),

@@ -143,6 +143,14 @@ fn a_partition_is_a_device_of_its_own() {
     scan(&kernel);
     let names: Vec<_> = kernel.block_devices().iter().map(|device| device.info().name.clone()).collect();
     assert_eq!(names, ["disk0", "disk0p1", "disk0p3", "disk0p5", "disk0p6"]);
+    // Nothing is found twice, and a disk that comes later is found then.
+    scan(&kernel);
+    assert_eq!(kernel.block_devices().len(), 5);
+    kernel.remove_block_device("disk0");
+    assert!(kernel.block_devices().is_empty());
+    kernel.add_block_device(disk.clone());
+    scan(&kernel);
+    assert_eq!(kernel.block_devices().len(), 5);
     let part = kernel.block_devices()[1].clone();
     assert_eq!(part.info().sectors, 1000);
     transfer(host, &*part, Op::Write, 999, vec![vec![7; 512].into_boxed_slice()]).unwrap();
