@@ -247,6 +247,14 @@ impl<H: Host> Kernel<H> {
         Ok(executor)
     }
 
+    /// `executor` stops when the instance does. For an executor whose threads the caller starts.
+    pub fn stop_executor_on_stop(&self, executor: Arc<Executor<H>>) {
+        self.registry.lock().executors.push(executor.clone());
+        if self.stopping() {
+            executor.stop();
+        }
+    }
+
     /// `signal` is raised when the instance stops.
     pub fn raise_on_stop(&self, signal: Arc<Signal>) {
         self.registry.lock().stop_signals.push(signal);

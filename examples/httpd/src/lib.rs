@@ -78,6 +78,7 @@ fn serve<H: Host>(kernel: &Arc<Kernel<H>>, options: args::Options) -> Result<(),
     })?;
 
     let executor = Executor::new(host);
+    kernel.stop_executor_on_stop(executor.clone());
     let workers = options.workers.unwrap_or(host.cpu_count().max(2));
     let server = Arc::new(Server {
         host,
@@ -105,7 +106,6 @@ fn serve<H: Host>(kernel: &Arc<Kernel<H>>, options: args::Options) -> Result<(),
     }
 
     kernel.wait_for_stop();
-    executor.stop();
     Ok(())
 }
 

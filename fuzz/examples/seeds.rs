@@ -1,0 +1,248 @@
+//! Makes the images of `images/` with mkfs.ext4, debugfs, e2fsck, mkfs.fat, mtools and sfdisk, and the seeds of
+//! `corpus/`. Run in `fuzz/`: `cargo run --no-default-features --example seeds`. Needs e2fsprogs, dosfstools, mtools, fdisk.
+//!
+//! `seeds --pcap FILE` adds the frames of a capture (`anykernel run --pcap`, tcpdump) to the seeds of `frames`.
+
+use anykernel_fuzz::fs::images::pack;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+type Result<T> = std::result::Result<T, String>;
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(program)
+        .args(arguments)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .env("MTOOLS_SKIP_CHECK", "1")
+        // The same image from the same tree, every time.
+        .env("E2FSPROGS_FAKE_TIME", "1700000000")
+        .env("SOURCE_DATE_EPOCH", "1700000000")
+        .output()
+        .map_err(|error| format!("{program}: {error}; apt-get install e2fsprogs dosfstools mtools fdisk"))?;
+    // e2fsck says with 1 that it changed something, as it was asked to.
+    let good = output.status.success() || program == "e2fsck" && output.status.code() == Some(1);
+    let said = String::from_utf8_lossy(&output.stderr);
+    if good { Ok(()) } else { Err(format!("{program} {}: {said}", arguments.join(" "))) }
+}
+
+fn write(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
+    std::fs::write(path, content).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// Fifty files and directories of all kinds.
+fn make_tree(top: &Path) -> Result<()> {
+    let io = |error: std::io::Error| error.to_string();
+    std::fs::create_dir_all(top.join("a/b/c")).map_err(io)?;
+    std::fs::create_dir_all(top.join("many")).map_err(io)?;
+    for number in 0..40usize {
+        write(&top.join(format!("many/file {number}")), vec![b'x'; number * 37])?;
+    }
+    write(&top.join("a/large"), vec![7; 60_000])?;
+    write(&top.join("a/b/c/small"), "small")?;
+    write(&top.join("empty"), "")?;
+    let sparse = std::fs::File::create(top.join("a/sparse")).map_err(io)?;
+    for at in 0..12 {
+        std::os::unix::fs::FileExt::write_at(&sparse, b"data", at * 20_000).map_err(io)?;
+    }
+    std::os::unix::fs::symlink("../a/large", top.join("a/link")).map_err(io)?;
+    std::os::unix::fs::symlink("x/".repeat(60), top.join("a/slow")).map_err(io)
+}
+
+struct Maker {
+    scratch: PathBuf,
+    images: PathBuf,
+}
+
+impl Maker {
+    fn keep(&self, name: &str) -> Result<()> {
+        let image = std::fs::read(self.scratch.join("image")).map_err(|error| error.to_string())?;
+        write(&self.images.join(format!("{name}.img")), pack(&image))
+    }
+
+    fn fresh(&self, bytes: u64) -> Result<PathBuf> {
+        let path = self.scratch.join("image");
+        let file = std::fs::File::create(&path).map_err(|error| error.to_string())?;
+        file.set_len(bytes).map_err(|error| error.to_string())?;
+        Ok(path)
+    }
+
+    fn ext4(&self, name: &str, options: &[&str], size: &str, tree: &Path) -> Result<()> {
+        let path = self.scratch.join("image");
+        let _ = std::fs::remove_file(&path);
+        let uuid = "01234567-89ab-cdef-0123-456789abcdef";
+        let mut arguments =
+            vec!["-q", "-F", "-U", uuid, "-E", "hash_seed=01234567-89ab-cdef-0123-456789abcdef"];
+        arguments.extend(options);
+        arguments.extend(["-d", text(tree), text(&path), size]);
+        run("mkfs.ext4", &arguments)?;
+        run("e2fsck", &["-f", "-y", "-D", text(&path)])?;
+        if name.ends_with("dirty") {
+            // A journal with transactions that were committed, one of them revoking a block.
+            let (script, content) = (self.scratch.join("script"), self.scratch.join("content"));
+            write(&content, vec![0; 3 * 1024])?;
+            let c = content.display();
+            write(
+                &script,
+                format!("jo\njw -b 3500,3501,3502 {c}\njw -r 3501\njw -b 3502,3503,3504 {c}\njc\n"),
+            )?;
+            run("debugfs", &["-w", "-f", text(&script), text(&path)])?;
+        }
+        self.keep(name)
+    }
+
+    fn fat(&self, name: &str, width: &str, bytes: u64) -> Result<()> {
+        let path = self.fresh(bytes)?;
+        run("mkfs.fat", &["-F", width, "-s", "1", "-n", "LABEL", "-i", "12345678", text(&path)])?;
+        if width == "32" {
+            return self.keep(name); // mtools takes a small one for another kind.
+        }
+        run("mmd", &["-i", text(&path), "::d1", "::d1/d2", "::A directory"])?;
+        let content = self.scratch.join("content");
+        for (to, len) in
+            [("::A.TXT", 100), ("::longer name.html", 3000), ("::d1/x", 512), ("::A directory/b.txt", 0)]
+        {
+            write(&content, vec![b'y'; len])?;
+            run("mcopy", &["-i", text(&path), text(&content), to])?;
+        }
+        self.keep(name)
+    }
+
+    fn table(&self, name: &str, script: &str) -> Result<()> {
+        let path = self.fresh(4 << 20)?;
+        let file = self.scratch.join("script");
+        write(&file, script)?;
+        run("sh", &["-c", &format!("sfdisk -q {} < {}", path.display(), file.display())])?;
+        self.keep(name)
+    }
+}
+
+/// The seeds of every target that says something about its form.
+fn corpus(top: &Path) -> Result<()> {
+    let put = |target: &str, name: &str, content: &[u8]| {
+        let folder = top.join(target);
+        std::fs::create_dir_all(&folder).map_err(|error| error.to_string())?;
+        write(&folder.join(name), content)
+    };
+    put("config", "whole", br#"{"hostname":"a","log":"debug","app":["httpd","--port","80"],"mounts":[{"source":"disk0","target":"/","kind":"ext4","read_only":true}],"interfaces":[{"ipv4":"10.0.2.15/24","ipv6":"auto","gateway":"10.0.2.2","dns":["10.0.2.3"]}],"workers":2,"tcp":{"receive_bytes":65536,"send_bytes":65536,"connections":100},"cache":{"bytes":1048576,"read_ahead_bytes":65536}}"#)?;
+    put("config", "small", br#"{"interfaces":[{"ipv4":"dhcp"}]}"#)?;
+    for image in 0..6u8 {
+        put("ext4", &format!("good-{image}"), &[image])?;
+        for structure in [0u8, 1, 3, 9, 30] {
+            put("ext4", &format!("field-{image}-{structure}"), &[image, structure, 0, 1, 3])?;
+        }
+    }
+    for image in 0..3u8 {
+        put(
+            "fat",
+            &format!("whole-{image}"),
+            &[
+                image, 0, 0, 3, 4, 0, 3, 7, 0, 0x10, 0x10, 3, 0, 11, 12, 13, 14, 0, 3, 9, 0, 3, 11, 0, 3, 0,
+                7, 12,
+            ],
+        )?;
+        put("fat", &format!("damaged-{image}"), &[0x80 | image, 2, 1, 2, 0, 4, 5, 2, 8, 0, 6, 15, 13, 15])?;
+    }
+    for kind in 0..anykernel_fuzz::net::frames::TEMPLATES as u8 {
+        put("frames", &format!("template-{kind}"), &[0, kind, 0, 0, kind, 0, 13, 0xff, 14, 3])?;
+        put("hostlink", &format!("template-{kind}"), &[2, 0, 0, kind, 10, 100, 0, 7, 0, 3])?;
+    }
+    // By prologue: both ends, one to three steps of the handshake; then data, an answer, an end.
+    for how in 0..8u8 {
+        let story =
+            [how, 9, 50, 14, 13, 0, 0, 0, 0, 0, 5, 0, 0, 0, 8, 14, 15, 4, 0, 1, 0, 0x40, 11, 4, 15, 6];
+        put("tcp", &format!("state-{how}"), &story)?;
+    }
+    put("dhcp", "lease", &[0, 0, 0, 0, 0, 1, 0, 0, 15, 3, 9, 0, 0])?;
+    put("dns", "answer", &[0, 0, 0, 1, 0, 0, 9, 0, 0, 0, 1, 0, 1, 1, 0])?;
+    put("dns", "alias", &[0, 0, 0, 2, 0, 2, 4, 0, 0, 0, 3, 7, 0, 0])?;
+    for piece in 0..24u8 {
+        put("http", &format!("piece-{piece}"), &[0, 1, piece, 1, 12, 1, 13, 12, 13])?;
+    }
+    for table in 0..2u8 {
+        for mounts in [0x00, 0x10, 0x20] {
+            put("partition", &format!("table-{table}-{mounts:02x}"), &[table | mounts])?;
+        }
+    }
+    for how in 0..8u8 {
+        let blk =
+            [how, 12, 0, 0, 3, 1, 0, 5, 8, 4, 5, 11, 2, 3, 9, 5, 0, 0, 0, 0, 0, 20, 0, 4, 4, 0, 3, 2, 5, 1];
+        put("virtio_blk", &format!("how-{how}"), &blk)?;
+        let net = [
+            how, 16, 0, 0, 60, 0, 7, 2, 4, 0, 90, 0, 5, 7, 0, 100, 0, 3, 2, 0, 0, 0, 0, 0, 40, 0, 2, 3, 1, 10,
+        ];
+        put("virtio_net", &format!("how-{how}"), &net)?;
+    }
+    Ok(())
+}
+
+/// The frames of a capture as seeds, eight to each.
+fn pcap(path: &str, top: &Path) -> Result<()> {
+    let file = std::fs::read(path).map_err(|error| format!("{path}: {error}"))?;
+    if file.get(..4) != Some(&[0xd4, 0xc3, 0xb2, 0xa1]) && file.get(..4) != Some(&[0x4d, 0x3c, 0xb2, 0xa1]) {
+        return Err(format!("{path}: not a little-endian pcap file; write one with tcpdump -w"));
+    }
+    let (mut at, mut frames) = (24, Vec::new());
+    while let Some(len) = file.get(at + 8..at + 12) {
+        let len = u32::from_le_bytes(len.try_into().expect("4 bytes")) as usize;
+        let Some(frame) = file.get(at + 16..at + 16 + len) else { break };
+        frames.push(&frame[..len.min(1514)]);
+        at += 16 + len;
+    }
+    for (index, some) in frames.chunks(8).enumerate().take(16) {
+        let mut seed = Vec::new();
+        for frame in some {
+            seed.extend([0, 255]);
+            seed.extend((frame.len() as u16).to_le_bytes());
+            seed.extend(*frame);
+        }
+        write(&top.join(format!("frames/pcap-{index}")), seed)?;
+    }
+    Ok(())
+}
+
+fn make() -> Result<()> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let corpus_folder = here.join("corpus");
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [flag, path] = arguments.as_slice()
+        && flag == "--pcap"
+    {
+        return pcap(path, &corpus_folder);
+    }
+    let scratch = std::env::temp_dir().join(format!("anykernel-seeds-{}", std::process::id()));
+    let tree = scratch.join("tree");
+    make_tree(&tree)?;
+    let maker = Maker { scratch: scratch.clone(), images: here.join("images") };
+    let small = ["-b", "1024", "-N", "96", "-m", "0"];
+    let with = |more: &[&'static str]| [&small[..], more].concat();
+    maker.ext4("ext4", &with(&["-O", "^has_journal"]), "1M", &tree)?;
+    maker.ext4("ext4-nocsum", &with(&["-O", "^has_journal,^metadata_csum"]), "1M", &tree)?;
+    maker.ext4("ext2", &with(&["-t", "ext2"]), "1M", &tree)?;
+    maker.ext4("ext4-inline", &with(&["-O", "^has_journal,inline_data", "-I", "256"]), "1M", &tree)?;
+    maker.ext4("ext4-dirty", &with(&["-O", "^metadata_csum", "-J", "size=1"]), "4M", &tree)?;
+    for number in 0..150 {
+        write(&tree.join(format!("many/a rather long file name {number}")), "")?;
+    }
+    maker.ext4("ext4-htree", &["-b", "1024", "-N", "256", "-m", "0", "-O", "^has_journal"], "1M", &tree)?;
+    maker.fat("fat12", "12", 256 << 10)?;
+    maker.fat("fat16", "16", 2200 << 10)?;
+    maker.fat("fat32", "32", 256 << 10)?;
+    maker.table("mbr", "label: dos\nstart=2048, size=1024, type=83\nstart=3072, size=2048, type=5\nstart=3073, size=500, type=c\n")?;
+    maker.table("gpt", "label: gpt\nlabel-id: 01234567-89ab-cdef-0123-456789abcdef\nstart=2048, size=1024, uuid=01234567-89ab-cdef-0123-456789abcde0\nstart=3072, size=2048, uuid=01234567-89ab-cdef-0123-456789abcde1\n")?;
+    corpus(&corpus_folder)?;
+    std::fs::remove_dir_all(&scratch).map_err(|error| error.to_string())
+}
+
+fn main() -> std::process::ExitCode {
+    match make() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(line) => {
+            eprintln!("seeds: {line}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

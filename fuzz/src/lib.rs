@@ -1,0 +1,88 @@
+//! Fuzz targets: one function from bytes to nothing for each, which panics when something is wrong.
+//!
+//! The same functions run under libFuzzer (`fuzz_targets/`), in `cargo test` on the corpus, and in `reproduce`. Every
+//! execution starts from nothing, in this process and on this thread: [`host`] is a host without threads and with virtual
+//! time, devices and peers are played from the input, and nothing is read or written outside memory.
+//!
+//! Beside panics these are findings: memory or steps beyond a bound ([`watch`]), memory left behind, a deadlock, a TCP
+//! stream with a wrong byte, a FAT volume that differs from a model or that a checker complains of, a driver that gives
+//! a caller a buffer of the wrong length, an HTTP answer whose length is not what it says.
+
+pub mod config;
+pub mod fs;
+pub mod host;
+pub mod http;
+pub mod input;
+pub mod net;
+pub mod reproducer;
+pub mod virtio;
+pub mod watch;
+
+/// A fuzz target.
+pub struct Target {
+    /// As in `fuzz_targets/NAME.rs`.
+    pub name: &'static str,
+    /// What is attacked, in one line.
+    pub about: &'static str,
+    /// Longest input worth trying, in bytes.
+    pub max_len: usize,
+    /// One execution, without its bounds.
+    run: fn(&[u8]),
+}
+
+macro_rules! targets {
+    ($($name:literal, $about:literal, $max_len:literal, $run:path;)*) => {
+        /// Every target.
+        pub const TARGETS: &[Target] =
+            &[$(Target { name: $name, about: $about, max_len: $max_len, run: $run }),*];
+    };
+}
+
+targets! {
+    "config", "the JSON configuration", 4096, config::run;
+    "dhcp", "the DHCP client and router advertisements, against a hostile server", 2048, net::dhcp::run;
+    "dns", "name look-ups, against a hostile name server", 2048, net::dns::run;
+    "ext4", "mount, walk and read of an ext4 image changed field by field, with checksums made right", 512, fs::ext4::run;
+    "fat", "mount, walk, read and write of FAT volumes; whole ones against a model and a checker", 1024, fs::fat::run;
+    "frames", "Ethernet, ARP, IPv4, IPv6, ICMP, NDP, UDP and TCP frames against open sockets", 4096, net::frames::run;
+    "hostlink", "the NIC driver over host links, with a host that lies", 2048, net::hostlink::run;
+    "http", "the HTTP server, with clients that send and take what they like", 2048, http::run;
+    "partition", "partition tables and everything that mounts by itself", 8192, fs::partition::run;
+    "tcp", "segments against a connection in every state; the streams are checked byte by byte", 2048, net::tcp::run;
+    "virtio_blk", "the virtio-blk driver against a device that breaks every rule", 1024, virtio::blk::run;
+    "virtio_net", "the virtio-net driver against a device that breaks every rule", 1024, virtio::net::run;
+}
+
+impl Target {
+    /// The target of this name.
+    pub fn find(name: &str) -> Option<&'static Self> {
+        TARGETS.iter().find(|target| target.name == name)
+    }
+
+    /// One execution. Panics, or aborts for memory, when it finds something.
+    pub fn execute(&self, data: &[u8]) {
+        watch::bounded(|| (self.run)(data));
+    }
+}
+
+/// One execution of the target `name`.
+pub fn execute(name: &str, data: &[u8]) {
+    Target::find(name).unwrap_or_else(|| panic!("{name} is no target")).execute(data);
+}
+
+/// What `fuzz_targets/NAME.rs` consist of. A plant grows where `ANYKERNEL_PLANT` names one and the build has them.
+#[cfg(feature = "libfuzzer")]
+#[macro_export]
+macro_rules! fuzz_target {
+    ($name:literal) => {
+        libfuzzer_sys::fuzz_target!(init: $crate::grow_plant(), |data: &[u8]| $crate::execute($name, data));
+    };
+}
+
+/// Lets the bug that `ANYKERNEL_PLANT` names grow.
+pub fn grow_plant() {
+    #[cfg(feature = "planted")]
+    if let Ok(name) = std::env::var("ANYKERNEL_PLANT") {
+        hypercall::planted::grow(&name);
+    }
+}

@@ -1,0 +1,116 @@
+//! What an execution may cost: memory is counted by the allocator, work by steps. Beyond the bound is a finding.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+/// Bytes that one execution may hold at a time, beside what was there before it.
+const MEMORY_BYTES: usize = 48 << 20;
+/// Steps of one execution: device requests, hypercalls that wait, rounds of a harness.
+const STEPS: u64 = 200_000;
+
+std::thread_local! {
+    static LIVE: Cell<usize> = const { Cell::new(0) };
+    static CEILING: Cell<usize> = const { Cell::new(usize::MAX) };
+    static LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
+    static LEAKS: Cell<bool> = const { Cell::new(false) };
+    static TELL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The system's allocator with a bound for each execution. Beyond it an allocation fails, as on a machine that has no
+/// more: code that can fail goes on, code that cannot ends the process.
+struct Bounded;
+
+impl Bounded {
+    fn admit(size: usize) -> bool {
+        let live = LIVE.get();
+        if size > CEILING.get().saturating_sub(live) {
+            refused(size);
+            return false;
+        }
+        LIVE.set(live + size);
+        true
+    }
+}
+
+/// Names the site, when asked to by [`tell_refusals`]: the last one before an abort is the culprit.
+#[cold]
+fn refused(size: usize) {
+    if TELL.replace(false) {
+        let ceiling = CEILING.replace(usize::MAX);
+        eprintln!("allocation of {size} bytes refused: over {MEMORY_BYTES} bytes in one execution");
+        eprintln!("{}", std::backtrace::Backtrace::force_capture());
+        CEILING.set(ceiling);
+        TELL.set(true);
+    }
+}
+
+// SAFETY: everything is done by the system's allocator; this only counts and refuses.
+unsafe impl GlobalAlloc for Bounded {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if !Self::admit(layout.size()) {
+            return core::ptr::null_mut();
+        }
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if !Self::admit(layout.size()) {
+            return core::ptr::null_mut();
+        }
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        LIVE.set(LIVE.get().wrapping_sub(layout.size()));
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(at, layout) }
+    }
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        if new_size > layout.size() && !Self::admit(new_size - layout.size()) {
+            return core::ptr::null_mut();
+        }
+        if new_size < layout.size() {
+            LIVE.set(LIVE.get().wrapping_sub(layout.size() - new_size));
+        }
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(at, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Bounded = Bounded;
+
+/// From now on a refused allocation prints where it was asked for. Slow.
+pub fn tell_refusals() {
+    TELL.set(true);
+}
+
+/// Counts one step. Panics when an execution takes too many: it would not end.
+pub fn step() {
+    let left = LEFT.get();
+    assert!(left > 0, "no end after {STEPS} steps");
+    LEFT.set(left - 1);
+}
+
+/// This execution may leave memory behind: a device that cannot be reset keeps what it was given.
+pub fn allow_leak() {
+    LEAKS.set(true);
+}
+
+/// Runs one execution within its bounds, and then looks whether it left memory behind.
+pub(crate) fn bounded(run: impl Fn()) {
+    let once = || {
+        let before = LIVE.get();
+        CEILING.set(before.saturating_add(MEMORY_BYTES));
+        LEFT.set(STEPS);
+        LEAKS.set(false);
+        run();
+        CEILING.set(usize::MAX);
+        LIVE.get().wrapping_sub(before).cast_signed()
+    };
+    // What is made once (tables, thread-locals) grows the first time; a leak grows every time.
+    if once() > 0 && !LEAKS.get() && once() > 0 {
+        let left = once();
+        assert!(left <= 0, "{left} bytes are left behind by every execution");
+    }
+}
