@@ -50,12 +50,12 @@ struct Story {
 
 impl Story {
     fn operation(&mut self, host: FuzzHost) {
-        let Some(disk) = self.kernel.block_devices().first().cloned() else { return };
         let choice = self.input.u8();
+        let Some(disk) = self.kernel.block_devices().first().cloned() else { return };
         match choice & 7 {
             0..5 => self.submit(&*disk, choice),
             5 => disk.poll(),
-            6 => host.advance(super::super::net::pause(choice >> 3)),
+            6 => host.advance(crate::net::pause(choice >> 3)),
             _ => host.tick(),
         }
     }

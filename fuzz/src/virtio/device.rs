@@ -57,6 +57,8 @@ pub struct Hostile {
     config: Vec<u8>,
     generation: u32,
     isr: u32,
+    /// The driver asked for a reset and has not gone on.
+    resetting: bool,
     interrupt: bool,
     wait: u16,
     held: bool,
@@ -112,6 +114,7 @@ impl Hostile {
             config,
             generation: 0,
             isr: 0,
+            resetting: false,
             interrupt: false,
             wait: u16::from(input.u8()),
             held: how & 0x20 != 0,
@@ -309,6 +312,38 @@ impl Hostile {
         }
     }
 
+    /// What a register says.
+    fn look(&mut self, offset: usize, width: Width) -> u64 {
+        if let Some((times, value)) = &mut self.lie {
+            *times -= 1;
+            let value = *value;
+            if *times == 0 {
+                self.lie = None;
+            }
+            return value.into();
+        }
+        if offset >= 0x100 {
+            let byte = |at: usize| u64::from(self.config.get(offset - 0x100 + at).copied().unwrap_or(0));
+            return (0..width.bytes()).rev().fold(0, |value, at| value << 8 | byte(at));
+        }
+        let queue = self.queues.get(self.queue_select).copied().unwrap_or_default();
+        let value = match offset {
+            0x00 => 0x7472_6976,
+            0x04 => 1 + u32::from(!self.legacy),
+            0x08 => self.kind,
+            0x0c => 0x554d_4551,
+            0x10 if self.feature_select < 2 => (self.features >> (32 * self.feature_select)) as u32,
+            0x34 if self.queue_select < QUEUES => self.queue_max,
+            0x40 => (queue.desc >> 12) as u32,
+            0x44 => queue.ready.into(),
+            0x60 => self.isr,
+            0x70 => self.status.into(),
+            0xfc => self.generation,
+            _ => 0,
+        };
+        value.into()
+    }
+
     fn put(&mut self, dma: &mut DmaMemory, at: u64, bytes: &[u8], ticks: u8) {
         self.lied();
         let Some(place) = dma.at(at, bytes.len()) else { return };
@@ -375,38 +410,12 @@ fn serve_disk(dma: &mut DmaMemory, chain: &Chain) -> u32 {
 
 impl Device for Hostile {
     fn read(&mut self, _: &mut DmaMemory, offset: usize, width: Width) -> u64 {
-        if let Some((times, value)) = &mut self.lie {
-            *times -= 1;
-            let value = *value;
-            if *times == 0 {
-                self.lie = None;
-            }
-            if offset == 0x70 && value & 0xff != 0 {
-                // A status that is never 0: the device cannot be reset.
-                watch::allow_leak();
-            }
-            return value.into();
+        let value = self.look(offset, width);
+        if offset == 0x70 && self.resetting && value & 0xff != 0 {
+            // It may still write to what it was given: the driver must never use that memory again.
+            watch::allow_leak();
         }
-        if offset >= 0x100 {
-            let byte = |at: usize| u64::from(self.config.get(offset - 0x100 + at).copied().unwrap_or(0));
-            return (0..width.bytes()).rev().fold(0, |value, at| value << 8 | byte(at));
-        }
-        let queue = self.queues.get(self.queue_select).copied().unwrap_or_default();
-        let value = match offset {
-            0x00 => 0x7472_6976,
-            0x04 => 1 + u32::from(!self.legacy),
-            0x08 => self.kind,
-            0x0c => 0x554d_4551,
-            0x10 if self.feature_select < 2 => (self.features >> (32 * self.feature_select)) as u32,
-            0x34 if self.queue_select < QUEUES => self.queue_max,
-            0x40 => (queue.desc >> 12) as u32,
-            0x44 => queue.ready.into(),
-            0x60 => self.isr,
-            0x70 => self.status.into(),
-            0xfc => self.generation,
-            _ => 0,
-        };
-        value.into()
+        value
     }
 
     fn write(&mut self, dma: &mut DmaMemory, offset: usize, _: Width, value: u64) {
@@ -443,12 +452,16 @@ impl Device for Hostile {
             }
             (0x64, _) => self.isr &= !value,
             (0x70, _) if value == 0 => {
+                self.resetting = true;
                 self.status = 0;
                 self.pending.clear();
                 self.restore = None;
                 self.queues = [Queue::default(); QUEUES];
             }
-            (0x70, _) => self.status = value as u8,
+            (0x70, _) => {
+                self.resetting = false;
+                self.status = value as u8;
+            }
             (0x80 | 0x84, Some(queue)) => half(&mut queue.desc),
             (0x90 | 0x94, Some(queue)) => half(&mut queue.avail),
             (0xa0 | 0xa4, Some(queue)) => half(&mut queue.used),
