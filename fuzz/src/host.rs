@@ -97,7 +97,6 @@ impl FuzzHost {
         let old = core::mem::replace(&mut *lock(&host.0.state), state);
         drop(old);
         lock(&host.0.dma).reset();
-        anykernel_virtio::testing::before_shared_read(None);
         host
     }
 
@@ -122,7 +121,6 @@ impl FuzzHost {
     /// Gives the host a device, and lets it act whenever a driver is about to read shared memory.
     pub fn set_device(self, device: impl Device + 'static) {
         *lock(&self.0.device) = Some(Box::new(device));
-        anykernel_virtio::testing::before_shared_read(Some(|| HOST.with(|host| host.tick())));
     }
 
     /// Lets the device act, and delivers its interrupt.
@@ -137,6 +135,14 @@ impl FuzzHost {
                 signal.raise(&self);
             }
         }
+    }
+
+    /// What is in a block that a driver and the device share.
+    fn shared(self, block: &DmaBlock, offset: usize, len: usize) -> Vec<u8> {
+        assert!(offset + len <= block.len, "{len} bytes at {offset} are outside {block:?}");
+        let at = (block.device.0 - DMA_BASE) as usize + offset;
+        assert!(len > 8 || at.is_multiple_of(len), "{len} bytes at {offset} are not aligned");
+        lock(&self.0.dma).slice(at, len).expect("inside").to_vec()
     }
 
     /// How many blocks of device memory are in use.
@@ -448,6 +454,16 @@ unsafe impl Dma for FuzzHost {
             // SAFETY: the driver vouches for the buffer, whose transfer is over.
             unsafe { buf.as_mut() }.copy_from_slice(place);
         }
+    }
+    unsafe fn dma_read(&self, block: &DmaBlock, offset: usize, width: Width) -> u64 {
+        self.tick();
+        let mut bytes = [0; 8];
+        bytes[..width.bytes()].copy_from_slice(self.shared(block, offset, width.bytes()).as_slice());
+        u64::from_le_bytes(bytes)
+    }
+    unsafe fn dma_copy(&self, block: &DmaBlock, offset: usize, to: &mut [u8]) {
+        self.tick();
+        to.copy_from_slice(&self.shared(block, offset, to.len()));
     }
 }
 
