@@ -6,6 +6,7 @@
 //! `netpeer` is the Linux side of the `netbench` application, `netload` loads either of them.
 #![forbid(unsafe_code)]
 
+pub mod plot;
 pub mod record;
 pub mod runner;
 

@@ -46,6 +46,9 @@ enum Task {
         /// One object a line, as the design says.
         #[arg(long)]
         json: bool,
+        /// Also draw the results, as DIR/NAME.svg.
+        #[arg(long, value_name = "DIR")]
+        plot: Option<std::path::PathBuf>,
     },
     /// Build the Linux module for a kernel of yours and print the line that loads it.
     Module {
@@ -72,7 +75,7 @@ fn main() -> ExitCode {
         Task::Test { filter } => test::run(filter.as_deref()),
         Task::Install => install::everything(),
         Task::Image { output } => images::documentation(&output),
-        Task::Bench { name, json } => bench(&name, json),
+        Task::Bench { name, json, plot } => bench(&name, json, plot.as_deref()),
         Task::Module { kernel, output } => module::run_build(kernel.as_deref(), output.as_deref()),
         Task::Matrix { json, target } => matrix::run(json, target.as_deref()),
     };
@@ -86,7 +89,7 @@ fn main() -> ExitCode {
 }
 
 /// The benchmarks are a crate of their own, which is built only when they are wanted.
-fn bench(name: &str, json: bool) -> sh::Result {
+fn bench(name: &str, json: bool, plot: Option<&std::path::Path>) -> sh::Result {
     install::everything()?;
     install::benchmark_peers()?;
     let anykernel = sh::anykernel()?;
@@ -97,6 +100,9 @@ fn bench(name: &str, json: bool) -> sh::Result {
     command.arg("--anykernel").arg(anykernel).arg("--dir").arg(dir);
     if json {
         command.arg("--json");
+    }
+    if let Some(dir) = plot {
+        command.arg("--plot").arg(dir);
     }
     sh::run(&mut command)
 }

@@ -1,6 +1,6 @@
 //! `cargo xtask bench NAME`: measures, and prints one object a line.
 
-use anykernel_bench::runner;
+use anykernel_bench::{plot, runner};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,6 +17,9 @@ struct Cli {
     /// One JSON object a line.
     #[arg(long)]
     json: bool,
+    /// Also draw the records, as DIR/NAME.svg.
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
     /// The anykernel command (built by xtask).
     #[arg(long)]
     anykernel: PathBuf,
@@ -48,10 +51,14 @@ fn main() -> ExitCode {
         Bench::Net => programs().and_then(|programs| runner::net::bench(&cli.anykernel, &programs, &cli.dir)),
         Bench::Contract => runner::contract::bench(&cli.anykernel),
     };
-    match result {
-        Ok(records) => {
-            for record in records {
-                record.print(cli.json);
+    let drawn = result.and_then(|records| {
+        records.iter().for_each(|record| record.print(cli.json));
+        cli.plot.map(|dir| plot::draw(&records, &dir)).transpose()
+    });
+    match drawn {
+        Ok(picture) => {
+            if let Some(path) = picture {
+                eprintln!("bench: drew {}", path.display());
             }
             ExitCode::SUCCESS
         }
