@@ -10,6 +10,7 @@ use crate::socket::SocketProvider;
 use crate::sync::Mutex;
 use crate::task::Executor;
 use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
+use core::any::Any;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
 use hypercall::{CpuId, Host, Refusal, Signal, ThreadId, ThreadSpec};
@@ -56,6 +57,7 @@ struct Registry<H: Host> {
     fs_types: Vec<Arc<dyn FsType>>,
     namespace: Option<Arc<dyn Namespace>>,
     sockets: Option<Arc<dyn SocketProvider>>,
+    provided: Vec<Arc<dyn Any + Send + Sync>>,
     counters: Counters,
     threads: Vec<ThreadId>,
     executors: Vec<Arc<Executor<H>>>,
@@ -81,6 +83,7 @@ impl<H: Host> Kernel<H> {
             fs_types: Vec::new(),
             namespace: None,
             sockets: None,
+            provided: Vec::new(),
             counters: Counters(Vec::new()),
             threads: Vec::new(),
             executors: Vec::new(),
@@ -188,6 +191,17 @@ impl<H: Host> Kernel<H> {
     /// The network stack, if a net component runs.
     pub fn sockets(&self) -> Option<Arc<dyn SocketProvider>> {
         self.registry.lock().sockets.clone()
+    }
+
+    /// Keeps something that components offer to applications and that has no registry of its own, for [`Kernel::provided`].
+    pub fn provide(&self, one: Arc<dyn Any + Send + Sync>) {
+        self.registry.lock().provided.push(one);
+    }
+
+    /// Everything of type `T` that was provided, in that order.
+    pub fn provided<T: Any + Send + Sync>(&self) -> Vec<Arc<T>> {
+        let all = self.registry.lock().provided.clone();
+        all.into_iter().filter_map(|one| one.downcast().ok()).collect()
     }
 
     /// The counter `name`, made at first use.

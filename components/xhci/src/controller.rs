@@ -78,8 +78,17 @@ impl Outbox {
 pub(crate) struct Interrupter<H: DeviceHost> {
     pub(crate) events: Events<H>,
     pub(crate) registers: Registers<H>,
-    /// Events taken since the controller was told.
+    /// Events taken since the controller was told where we are.
     pub(crate) taken: usize,
+    /// None was taken since it was told that we are ready for an interrupt.
+    pub(crate) armed: bool,
+}
+
+impl<H: DeviceHost> Interrupter<H> {
+    fn took(&mut self, count: usize) {
+        self.taken += count;
+        self.armed &= count == 0;
+    }
 }
 
 /// How the controller interrupts.
@@ -985,11 +994,11 @@ impl<H: DeviceHost> HostController for Xhci<H> {
             batch.clear();
             let own = core::iter::from_fn(|| first.events.pop()).take(64);
             let mut commands: Vec<Trb> = own.collect();
-            first.taken += commands.len();
+            first.took(commands.len());
             for other in others {
                 let before = batch.len();
                 batch.extend(core::iter::from_fn(|| other.events.pop()).take(Events::<H>::BLOCKS));
-                other.taken += batch.len() - before;
+                other.took(batch.len() - before);
             }
             batch.append(&mut commands);
             for one in &mut parts.interrupters {
@@ -1013,7 +1022,8 @@ impl<H: DeviceHost> HostController for Xhci<H> {
         self.check();
         if let Some(parts) = &mut self.parts {
             for one in &mut parts.interrupters {
-                if core::mem::take(&mut one.taken) > 0 {
+                if !core::mem::replace(&mut one.armed, true) {
+                    one.taken = 0;
                     one.registers.write64(interrupter::DEQUEUE, one.events.dequeue() | interrupter::BUSY);
                 }
             }

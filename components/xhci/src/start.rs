@@ -118,7 +118,7 @@ pub(crate) fn open<H: DeviceHost>(
         registers.write64(interrupter::TABLE, events.table());
         registers.write(interrupter::MODERATION, MODERATION);
         registers.write(interrupter::MANAGEMENT, interrupter::PENDING | interrupter::ENABLE);
-        interrupters.push(Interrupter { events, registers, taken: 0 });
+        interrupters.push(Interrupter { events, registers, taken: 0, armed: true });
     }
     controller::run(&operational);
     let version = registers.read(cap::LENGTH) >> 16;

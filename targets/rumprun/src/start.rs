@@ -117,7 +117,26 @@ fn run() -> ExitStatus {
 #[cfg(feature = "drivers")]
 fn drivers(kernel: &Arc<Kernel<Domain>>) -> Result<(), anykernel::StartError> {
     anykernel_virtio::probe(kernel)?;
+    #[cfg(feature = "usb")]
+    usb(kernel)?;
     anykernel_vfs::start(kernel)?;
     anykernel_net::start(kernel)?;
+    Ok(())
+}
+
+/// Starts a stack on each USB host controller, and waits until what is plugged in is taken in, so that it can be mounted.
+#[cfg(feature = "usb")]
+fn usb(kernel: &Arc<Kernel<Domain>>) -> Result<(), anykernel::StartError> {
+    use anykernel_usb::{Options, UsbStack};
+    const PATIENCE_NS: u64 = 10_000_000_000;
+    let mut found = alloc::vec::Vec::new();
+    anykernel_xhci::probe(kernel, &mut |controller, signal| found.push((controller, signal)))?;
+    for (bus, (controller, signal)) in (1..=u8::MAX).zip(found) {
+        let stack = UsbStack::start(kernel, controller, signal, bus, Options::default())?;
+        if !stack.settle(PATIENCE_NS) {
+            log::warn!("usb{bus}: some devices are still not taken in; going on without them");
+        }
+        kernel.provide(stack);
+    }
     Ok(())
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 pub const APPS: &[(&str, &str)] = &[
     ("httpd", "serves the mounted files over HTTP on port 80"),
     ("selftest", "checks the kernel it runs in and prints the verdicts as JSON lines"),
+    ("usb", "shows USB devices: usb list, usb watch SECONDS"),
     ("netbench", "the server side of the network benchmarks"),
     ("contractbench", "measures what a contract call costs"),
 ];
@@ -17,6 +18,7 @@ pub fn run<H: Host>(name: &str, kernel: &Arc<Kernel<H>>) -> Option<ExitStatus> {
     Some(match name {
         "httpd" => httpd::main(kernel),
         "selftest" => selftest::main(kernel),
+        "usb" => usb_app::main(kernel),
         "netbench" => netbench::main(kernel),
         "contractbench" => contractbench::main(kernel),
         _ => return None,

@@ -27,4 +27,4 @@ pub use heap::Heap;
 pub use host::{ConsoleSink, ConsoleText, DomainExit, HostOwner, HostSetup, PosixHost};
 pub use instance::{Builder, Instance, start_components};
 pub use link::Link;
-pub use spec::{DiskSpec, Failure, MachineKind, NetSpec, Publish, RunSpec};
+pub use spec::{DiskSpec, Failure, MachineKind, NetSpec, Publish, RunSpec, UsbSpec};

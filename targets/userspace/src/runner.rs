@@ -3,7 +3,9 @@
 use crate::gateway::{self, Bound, Gateway};
 use crate::link::{Pcap, Tap};
 use crate::trace::Trace;
-use crate::{ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, RunSpec, apps, interrupt, qemu};
+use crate::{
+    ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, RunSpec, UsbSpec, apps, interrupt, qemu,
+};
 use anykernel::StartError;
 use hypercall::layers::Traced;
 use hypercall::{ExitStatus, Host, HostBlock, HostLink};
@@ -29,7 +31,7 @@ pub const LEAST_MEMORY: u64 = 4 << 20;
 
 /// Runs `spec.config.app` on `target` to its end. Failures are lines for a person.
 pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
-    check(spec)?;
+    check(target, spec)?;
     let status = match target {
         // Says more when it ends.
         Target::Userspace => return userspace(spec),
@@ -57,7 +59,7 @@ fn with_ports(spec: &RunSpec) -> Result<RunSpec, Failure> {
 }
 
 /// What can be said before anything starts.
-fn check(spec: &RunSpec) -> Result<(), Failure> {
+fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
     let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
     let names = || apps::APPS.iter().map(|(name, _)| *name);
     if !names().any(|name| name == app) {
@@ -78,7 +80,19 @@ fn check(spec: &RunSpec) -> Result<(), Failure> {
             LEAST_MEMORY >> 20
         )));
     }
-    for mount in &spec.config.mounts {
+    if target == Target::Userspace && !spec.usb.is_empty() {
+        return Err(Failure::usage(
+            "--usb plugs devices in to a guest: add --on rumprun; this machine's own are there without it",
+        ));
+    }
+    for disk in spec.usb.iter().filter_map(|one| match one {
+        UsbSpec::Disk(disk) => Some(disk),
+        _ => None,
+    }) {
+        drop(HostDisk::open(&disk.path, disk.writable)?);
+    }
+    // What a USB disk is called shows when it is plugged in.
+    for mount in spec.config.mounts.iter().filter(|mount| !mount.source.starts_with("usb")) {
         check_device(&mount.source, spec.disks.len())?;
     }
     // Opened here for the message only; each target opens them its own way.

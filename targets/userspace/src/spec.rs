@@ -17,6 +17,8 @@ pub struct RunSpec {
     pub disks: Vec<DiskSpec>,
     /// Host ports forwarded to the guest, with [`NetSpec::User`] only.
     pub publish: Vec<Publish>,
+    /// What is plugged in to the guest's USB.
+    pub usb: Vec<UsbSpec>,
     /// The network.
     pub net: NetSpec,
     /// The machine that a unikernel boots on; other targets choose for themselves.
@@ -42,6 +44,7 @@ impl RunSpec {
             config,
             disks: Vec::new(),
             publish: Vec::new(),
+            usb: Vec::new(),
             net: NetSpec::None,
             machine: MachineKind::default(),
             cpus: 1,
@@ -55,7 +58,12 @@ impl RunSpec {
 
     /// What the guest's image must be able to do: the feature of its crate.
     pub(crate) fn feature(&self) -> Option<&'static str> {
-        self.trace.as_ref().map(|_| "trace")
+        match (self.trace.is_some(), self.usb.is_empty()) {
+            (false, true) => None,
+            (true, true) => Some("trace"),
+            (false, false) => Some("usb"),
+            (true, false) => Some("trace,usb"),
+        }
     }
 }
 
@@ -81,6 +89,36 @@ impl FromStr for DiskSpec {
             return Err("write FILE, FILE:ro or FILE:rw".into());
         }
         Ok(Self { path: path.into(), writable })
+    }
+}
+
+/// A USB device of the guest, as QEMU plays them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UsbSpec {
+    /// A stick with this content.
+    Disk(DiskSpec),
+    /// A keyboard.
+    Keyboard,
+    /// A mouse.
+    Mouse,
+    /// A hub with eight ports; what follows is plugged in to it.
+    Hub,
+    /// A network interface on the guest's network, instead of another one.
+    Net,
+}
+
+impl FromStr for UsbSpec {
+    type Err = String;
+    /// `disk:FILE`, `disk:FILE:rw`, `keyboard`, `mouse`, `hub` or `net`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("disk", disk)) => disk.parse().map(Self::Disk),
+            None if text == "keyboard" => Ok(Self::Keyboard),
+            None if text == "mouse" => Ok(Self::Mouse),
+            None if text == "hub" => Ok(Self::Hub),
+            None if text == "net" => Ok(Self::Net),
+            _ => Err("write disk:FILE, disk:FILE:rw, keyboard, mouse, hub or net".into()),
+        }
     }
 }
 

@@ -80,6 +80,7 @@ impl Demo {
             config,
             disks: vec![DiskSpec { path, writable: false }],
             publish: vec![Publish { host: SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), guest: 80 }],
+            usb: Vec::new(),
             net: NetSpec::User,
             machine: MachineKind::default(),
             cpus: self.cpus,

@@ -4,7 +4,7 @@ use super::{Outcome, size};
 use anykernel::config::{Config, Interface, Mount};
 use anykernel_userspace::runner::{self, Target};
 use anykernel_userspace::{
-    DiskSpec, Failure, MachineKind, NetSpec, Publish, RunSpec, apps, gateway, logger, plan,
+    DiskSpec, Failure, MachineKind, NetSpec, Publish, RunSpec, UsbSpec, apps, gateway, logger, plan,
 };
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -69,6 +69,10 @@ pub(super) struct Run {
     /// Forward a TCP port of this host (127.0.0.1) into the guest; may be given several times
     #[arg(long = "publish", short = 'p', value_name = "HOST:GUEST")]
     publish: Vec<Publish>,
+    /// Plug something in to the guest's USB: disk:FILE[:rw], keyboard, mouse, hub (for those that follow) or net (the network
+    /// by USB); may be given several times. Disks are called by their place, as usb1-1
+    #[arg(long = "usb", value_name = "DEVICE")]
+    usb: Vec<UsbSpec>,
     /// The network: user (no privileges), tap:NAME or none
     #[arg(long, default_value = "user", value_name = "NET")]
     net: NetSpec,
@@ -154,6 +158,7 @@ impl Run {
             config,
             disks: self.disks,
             publish: self.publish,
+            usb: self.usb,
             net: self.net,
             machine: self.machine,
             cpus: self.cpus,

@@ -3,7 +3,7 @@
 use super::process::{End, Process};
 use super::watch::Watch;
 use super::{Accelerator, DEBUG_EXIT_PORT, STOP, backlog, build, status_of};
-use crate::{Failure, NetSpec, RunSpec};
+use crate::{Failure, NetSpec, RunSpec, UsbSpec};
 use hypercall::ExitStatus;
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
@@ -43,6 +43,7 @@ impl Machine {
         machine.args(["-device", &format!("isa-debug-exit,iobase={DEBUG_EXIT_PORT:#x},iosize=4")]);
         machine.disks(spec);
         machine.network(spec);
+        machine.usb(spec);
         machine
     }
 
@@ -130,7 +131,40 @@ impl Machine {
             }
         };
         self.args(["-netdev", &backend]);
-        self.device("virtio-net", "netdev=net0");
+        if !spec.usb.contains(&UsbSpec::Net) {
+            self.device("virtio-net", "netdev=net0");
+        }
+    }
+
+    /// A host controller, if something is to be plugged in to it, on the PCI bus.
+    fn usb(&mut self, spec: &RunSpec) {
+        if spec.usb.is_empty() {
+            return;
+        }
+        self.args(["-device", "qemu-xhci,id=usb,p2=8,p3=8"]);
+        let (mut hub, mut next) = (String::new(), 1);
+        for (i, device) in spec.usb.iter().enumerate() {
+            let options = format!("id=usb{i},bus=usb.0,port={hub}{next}");
+            next += 1;
+            let kind = match device {
+                UsbSpec::Keyboard => "usb-kbd",
+                UsbSpec::Mouse => "usb-mouse",
+                UsbSpec::Net => "usb-net,netdev=net0",
+                UsbSpec::Hub => {
+                    hub += &format!("{}.", next - 1);
+                    next = 1;
+                    "usb-hub"
+                }
+                UsbSpec::Disk(disk) => {
+                    let mode = if disk.writable { "file.locking=on" } else { "readonly=on" };
+                    let drive = option(&format!("if=none,id=stick{i},format=raw,{mode},file="), &disk.path);
+                    self.arg("-drive").arg(drive);
+                    self.args(["-device", &format!("usb-storage,drive=stick{i},{options}")]);
+                    continue;
+                }
+            };
+            self.args(["-device", &format!("{kind},{options}")]);
+        }
     }
 
     /// The command that starts it. Its standard input and output are the guest's console, unless that is a file.
@@ -224,7 +258,8 @@ fn option(before: &str, file: &Path) -> OsString {
 
 /// Whether the guest may have something to write before it ends.
 fn writes(spec: &RunSpec) -> bool {
-    spec.disks.iter().any(|disk| disk.writable)
+    let writable = |one: &UsbSpec| matches!(one, UsbSpec::Disk(disk) if disk.writable);
+    spec.disks.iter().any(|disk| disk.writable) || spec.usb.iter().any(writable)
 }
 
 /// How long a guest may take to end after Ctrl-C.

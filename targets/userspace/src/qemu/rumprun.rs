@@ -74,14 +74,21 @@ fn target_is_there() -> bool {
 /// Errors are lines for a person. The guest's own end is an `Ok`.
 pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
-    boot(spec, &image_with(app, spec.feature())?)
+    match app {
+        // Its image can do that anyway.
+        "usb" => boot(spec, &image_with("usb-app", spec.trace.as_ref().map(|_| "trace"))?),
+        app => boot(spec, &image_with(app, spec.feature())?),
+    }
 }
 
 /// Boots an image that is there.
 pub fn boot(spec: &RunSpec, image: &std::path::Path) -> Result<ExitStatus, Failure> {
     let mut machine = match spec.machine {
-        MachineKind::Microvm => Machine::microvm("the unikernel", spec, DEFAULT_MEMORY),
-        MachineKind::Q35 => Machine::q35("the unikernel", spec, DEFAULT_MEMORY),
+        // Its host controllers are on PCI.
+        MachineKind::Microvm if spec.usb.is_empty() => {
+            Machine::microvm("the unikernel", spec, DEFAULT_MEMORY)
+        }
+        _ => Machine::q35("the unikernel", spec, DEFAULT_MEMORY),
     };
     // The configuration is the boot module: a file in memory, which leaves nothing behind.
     let (config, _file) = HostDisk::memory_path(spec.config.to_json().as_bytes())
