@@ -33,6 +33,8 @@ struct HostQueue<H: Host + HostLink> {
     scratch: Vec<u8>,
     /// Sent, but the link had no room.
     waiting: VecDeque<Vec<u8>>,
+    /// A frame was refused: room is news.
+    starved: bool,
     /// A frame taken while looking whether there is one.
     peeked: Option<usize>,
 }
@@ -86,6 +88,7 @@ impl<H: Host + HostLink> Nic for HostNic<H> {
             scratch: buf.clone(),
             buf,
             waiting: VecDeque::new(),
+            starved: false,
             peeked: None,
         }))
     }
@@ -139,7 +142,8 @@ impl<H: Host + HostLink> NicQueue for HostQueue<H> {
             fill(&mut alloc::vec![0; len]);
             return Ok(());
         }
-        if !self.drain() && self.waiting.len() >= MAX_QUEUED {
+        self.starved = !self.drain() && self.waiting.len() >= MAX_QUEUED;
+        if self.starved {
             return Err(TxFull);
         }
         let Some(frame) = self.scratch.get_mut(..len) else { return Err(TxFull) };
@@ -155,12 +159,14 @@ impl<H: Host + HostLink> NicQueue for HostQueue<H> {
     }
 
     fn arm(&mut self) -> bool {
-        // The host raises the signal at every frame; one that came before is found by looking.
+        // The host raises the signal at every frame; one that came before is found by looking. So is room: what waited here
+        // may go now, and then nobody raises the signal for what the caller still has.
         self.drain();
         if self.peeked.is_none() {
             self.peeked = self.take();
         }
-        self.peeked.is_some()
+        let room = self.starved && self.waiting.len() < MAX_QUEUED;
+        self.peeked.is_some() || room
     }
 }
 

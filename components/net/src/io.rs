@@ -257,6 +257,11 @@ impl Io {
         full
     }
 
+    /// Whether frames wait for room in a queue of ours.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.ports.iter().any(|port| port.queue.is_some() && !port.staged.is_empty())
+    }
+
     /// Asks every queue for its signal. `true`: one has something already.
     pub(crate) fn arm(&mut self) -> bool {
         let mut ready = false;

@@ -85,7 +85,9 @@ impl<H: Host> DerefMut for Session<'_, H> {
 impl<H: Host> Drop for Session<'_, H> {
     fn drop(&mut self) {
         let Some(mut guard) = self.guard.take() else { return };
-        let more = guard.finish();
+        let mut more = guard.finish();
+        // Only the thread asks the device to tell of room.
+        more |= guard.io.is_waiting();
         let (mut wakers, mut messages) = (Vec::new(), Vec::new());
         guard.swap_effects(&mut wakers, &mut messages);
         let deadline = guard.next_deadline_ns();

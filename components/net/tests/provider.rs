@@ -2,12 +2,13 @@
 
 use anykernel::Kernel;
 use anykernel::config::{Config, Interface};
+use anykernel::nic::{Nic, NicCaps, NicInfo, NicQueue, RxMeta, TxFull, TxMeta};
 use anykernel::socket::{NetError, Shutdown, SocketProvider, TcpListener, TcpStream, UdpSocket};
 use anykernel::task::{block_on, block_on_until};
-use hypercall::Clock;
 use hypercall::testing::TestHost;
+use hypercall::{Clock, Signal};
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -116,6 +117,79 @@ fn echo_over_both_versions_from_many_threads() {
     });
     client.end();
     server.end();
+}
+
+/// A device with room for one frame, which tells of room only to whoever asks for its signal.
+#[derive(Clone, Default)]
+struct Narrow(Arc<Mutex<NarrowState>>);
+
+#[derive(Default)]
+struct NarrowState {
+    sent: usize,
+    full: bool,
+    refused: bool,
+}
+
+impl Nic for Narrow {
+    fn info(&self) -> &NicInfo {
+        static INFO: OnceLock<NicInfo> = OnceLock::new();
+        let caps = NicCaps::empty();
+        INFO.get_or_init(|| NicInfo { name: "nic0".into(), mac: [2; 6], mtu: 1500, caps, queues: 1 })
+    }
+    fn open_queue(&self, _: u16, _: Arc<Signal>) -> hypercall::Result<Box<dyn NicQueue>> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl NicQueue for Narrow {
+    fn receive(&mut self, _: usize, _: &mut dyn FnMut(&[u8], RxMeta)) -> usize {
+        0
+    }
+    fn transmit(&mut self, len: usize, _: TxMeta, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), TxFull> {
+        let mut state = self.0.lock().unwrap();
+        if state.full {
+            state.refused = true;
+            return Err(TxFull);
+        }
+        fill(&mut vec![0; len]);
+        state.full = true;
+        state.sent += 1;
+        Ok(())
+    }
+    fn flush(&mut self) {}
+    fn arm(&mut self) -> bool {
+        let mut state = self.0.lock().unwrap();
+        let room = std::mem::take(&mut state.refused);
+        state.full &= !room;
+        room
+    }
+}
+
+#[test]
+fn what_finds_the_device_full_is_sent_when_there_is_room() {
+    let nic = Narrow::default();
+    let interface = Interface { ipv4: "10.0.0.1/24".into(), ipv6: "none".into(), ..Interface::default() };
+    let kernel = Kernel::new(TestHost::new(), Config { interfaces: vec![interface], ..Config::default() });
+    kernel.add_nic(Arc::new(nic.clone()));
+    anykernel_net::start(&kernel).unwrap();
+    let net = kernel.sockets().unwrap();
+    let socket = UdpSocket(net.bind("0.0.0.0:5000".parse().unwrap()).unwrap());
+    let sent = |count: usize| {
+        let start = std::time::Instant::now();
+        while nic.0.lock().unwrap().sent < count {
+            assert!(start.elapsed().as_secs() < 10, "frame {count} was never sent");
+            std::thread::yield_now();
+        }
+        // The thread goes to sleep.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
+    sent(1); // Our address is announced.
+    for datagram in 0..3 {
+        block_on(kernel.host(), socket.send_to(b"all of you", "10.0.0.255:9".parse().unwrap())).unwrap();
+        sent(2 + datagram);
+    }
+    drop((socket, net));
+    kernel.shutdown();
 }
 
 #[test]

@@ -375,3 +375,41 @@ fn a_narrow_link_on_the_way_gets_fragments() {
     assert_eq!(world.nodes[0].counters.fragmentable.get(), 1);
     assert_eq!(world.nodes[1].counters.drop_checksum.get(), 0);
 }
+
+/// The window in a SYN is not scaled, and the buffer ends before four times what it says.
+#[test]
+fn data_beyond_the_window_of_the_handshake_is_dropped() {
+    const BUFFER: usize = 128 << 10;
+    let mut spec = Spec::v4(2);
+    spec.limits.receive_bytes = BUFFER;
+    let mut world = World::new(&[Spec::v4(1), spec]);
+    let (client, server) = world.pair();
+    world.link.lost = 1_000_000;
+    world.trace = Some(std::vec::Vec::new());
+    assert_eq!(world.send(0, client, &[1; 1460]), Some(Ok(1460)));
+    world.settle();
+    let mut frame = world.trace.take().unwrap().into_iter().find(|frame| frame.len() > 1400).unwrap();
+    let seq = u32::from_be_bytes(frame[38..42].try_into().unwrap());
+    // Half of it lies behind the end of the buffer.
+    frame[38..42].copy_from_slice(&seq.wrapping_add(BUFFER as u32 - 730).to_be_bytes());
+    super::ip::repair(&mut frame);
+    world.inject(1, &frame);
+    world.settle();
+    assert_eq!(world.nodes[1].counters.drop_window.get(), 1);
+    world.link.lost = 0;
+    let mut sent = 1460;
+    world.run(10 * SECOND, |world| {
+        while let Some(Ok(n)) = world.send(0, client, &[1; 8000]) {
+            sent += n;
+        }
+        false
+    });
+    let mut received = 0;
+    world.run(10 * SECOND, |world| {
+        while let Some(Ok(data)) = world.recv(1, server) {
+            received += data.len();
+        }
+        received == sent
+    });
+    assert_eq!(received, sent);
+}
