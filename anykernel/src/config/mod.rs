@@ -28,6 +28,8 @@ pub struct Config {
     pub mounts: Vec<Mount>,
     /// One entry per interface, in the order of the registry. Interfaces without an entry use DHCP.
     pub interfaces: Vec<Interface>,
+    /// Packets for others are passed on between interfaces (IPv4): this instance is a router.
+    pub forward: bool,
     /// How many threads, one per CPU, run the application's tasks; 0: as many as there are CPUs.
     pub workers: u32,
     /// TCP.
@@ -60,6 +62,9 @@ pub struct Interface {
     /// Default router with a static address.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
+    /// Subnets behind other routers on this link, as `"10.1.0.0/16 via 10.0.0.2"`. The longest prefix counts, before the
+    /// default router.
+    pub routes: Vec<String>,
     /// Name servers, beside those that DHCP gives.
     pub dns: Vec<String>,
 }
@@ -92,6 +97,7 @@ impl Default for Config {
             app: Vec::new(),
             mounts: Vec::new(),
             interfaces: Vec::new(),
+            forward: false,
             workers: 0,
             tcp: Tcp::default(),
             cache: Cache::default(),
@@ -101,7 +107,7 @@ impl Default for Config {
 
 impl Default for Interface {
     fn default() -> Self {
-        Self { ipv4: "dhcp".into(), ipv6: "auto".into(), gateway: None, dns: Vec::new() }
+        Self { ipv4: "dhcp".into(), ipv6: "auto".into(), gateway: None, routes: Vec::new(), dns: Vec::new() }
     }
 }
 

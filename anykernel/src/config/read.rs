@@ -120,6 +120,7 @@ pub(super) fn parse(json: &str) -> Result<Config> {
         "app",
         "mounts",
         "interfaces",
+        "forward",
         "workers",
         "tcp",
         "cache",
@@ -143,6 +144,7 @@ pub(super) fn parse(json: &str) -> Result<Config> {
     if let Some(at) = root.get("interfaces") {
         config.interfaces = at.list()?.map(interface).collect::<Result<_>>()?;
     }
+    config.forward = root.get("forward").map_or(Ok(false), At::boolean)?;
     config.workers = root.u32("workers", config.workers)?;
     if let Some(at) = root.get("tcp") {
         config.tcp = tcp(at)?;
@@ -183,7 +185,7 @@ fn check_targets(mounts: &[Mount]) -> Result<()> {
 }
 
 fn interface(at: At<'_>) -> Result<Interface> {
-    let object = at.object(&["ipv4", "ipv6", "gateway", "dns"])?;
+    let object = at.object(&["ipv4", "ipv6", "gateway", "routes", "dns"])?;
     let mut interface = Interface::default();
     if let Some(at) = object.get("ipv4") {
         interface.ipv4 = at
@@ -199,6 +201,10 @@ fn interface(at: At<'_>) -> Result<Interface> {
     }
     if let Some(at) = object.optional("gateway") {
         interface.gateway = Some(at.text("an IP address", is_address)?);
+    }
+    if let Some(at) = object.get("routes") {
+        let must_be = "a subnet and its router as \"10.1.0.0/16 via 10.0.0.2\"";
+        interface.routes = at.list()?.map(|at| at.text(must_be, is_route)).collect::<Result<_>>()?;
     }
     if let Some(at) = object.get("dns") {
         interface.dns = at.list()?.map(|at| at.text("an IP address", is_address)).collect::<Result<_>>()?;
@@ -244,6 +250,11 @@ fn is_word(text: &str) -> bool {
 
 fn is_address(text: &str) -> bool {
     text.parse::<IpAddr>().is_ok()
+}
+
+fn is_route(text: &str) -> bool {
+    text.split_once(" via ")
+        .is_some_and(|(to, via)| is_subnet::<Ipv4Addr>(to, 32) && via.parse::<Ipv4Addr>().is_ok())
 }
 
 fn is_subnet<A: core::str::FromStr>(text: &str, longest: u8) -> bool {

@@ -87,9 +87,11 @@ fn reads_everything() {
     let config = Config::parse(
         r#"{
             "hostname": "web.example", "log": "debug", "app": ["httpd", "--port", "80"], "workers": 2,
+            "forward": true,
             "mounts": [{"source": "disk0p1", "target": "/", "kind": "ext4", "read_only": true},
                        {"source": "tmpfs", "target": "/tmp", "kind": null}],
-            "interfaces": [{"ipv4": "10.0.2.15/24", "ipv6": "fd00::2/64", "gateway": "10.0.2.2", "dns": ["10.0.2.3"]}, {}],
+            "interfaces": [{"ipv4": "10.0.2.15/24", "ipv6": "fd00::2/64", "gateway": "10.0.2.2",
+                            "routes": ["10.1.0.0/16 via 10.0.2.9"], "dns": ["10.0.2.3"]}, {}],
             "tcp": {"receive_bytes": 1, "send_bytes": 2, "connections": 3},
             "cache": {"bytes": 18446744073709551615, "read_ahead_bytes": 4}
         }"#,
@@ -110,11 +112,13 @@ fn reads_everything() {
                 ipv4: "10.0.2.15/24".into(),
                 ipv6: "fd00::2/64".into(),
                 gateway: Some("10.0.2.2".into()),
+                routes: ["10.1.0.0/16 via 10.0.2.9".into()].into(),
                 dns: ["10.0.2.3".into()].into(),
             },
             Interface::default(),
         ]
         .into(),
+        forward: true,
         workers: 2,
         tcp: Tcp { receive_bytes: 1, send_bytes: 2, connections: 3 },
         cache: Cache { bytes: u64::MAX, read_ahead_bytes: 4 },

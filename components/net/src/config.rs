@@ -35,6 +35,10 @@ pub struct Settings {
     pub ipv6: Ipv6Setting,
     /// Default routers that the configuration names.
     pub gateways: Vec<IpAddr>,
+    /// Subnets behind routers on this link.
+    pub routes: Vec<(Ipv4Addr, u8, Ipv4Addr)>,
+    /// Packets for others are passed on; the same for all interfaces.
+    pub forward: bool,
     /// Name servers that the configuration names.
     pub dns: Vec<IpAddr>,
     /// Sent to DHCP servers.
@@ -47,6 +51,8 @@ impl Default for Settings {
             ipv4: Ipv4Setting::Dhcp,
             ipv6: Ipv6Setting::Auto,
             gateways: Vec::new(),
+            routes: Vec::new(),
+            forward: false,
             dns: Vec::new(),
             hostname: String::new(),
         }
@@ -90,8 +96,19 @@ impl Settings {
         };
         let gateways =
             interface.gateway.iter().map(|text| address("gateway", text)).collect::<Result<_, _>>()?;
+        let routes = interface.routes.iter().map(|text| {
+            let route = text.split_once(" via ").and_then(|(to, via)| {
+                let (to, prefix) = parse_cidr(to, 32)?;
+                Some((to, prefix, via.parse().ok()?))
+            });
+            route.ok_or_else(|| {
+                alloc::format!("{}: \"{text}\" is not as in \"10.1.0.0/16 via 10.0.0.2\"", at("routes"))
+            })
+        });
+        let routes = routes.collect::<Result<_, _>>()?;
         let dns = interface.dns.iter().map(|text| address("dns", text)).collect::<Result<_, _>>()?;
-        Ok(Self { ipv4, ipv6, gateways, dns, hostname: config.hostname.clone() })
+        let (forward, hostname) = (config.forward, config.hostname.clone());
+        Ok(Self { ipv4, ipv6, gateways, routes, forward, dns, hostname })
     }
 }
 

@@ -30,6 +30,8 @@ counters! {
     tx_bytes = "net.tx_bytes",
     /// Frames passed to another shard.
     steered = "net.steered",
+    /// Packets of others passed on.
+    forwarded = "net.forwarded",
     /// TCP connections accepted.
     accepted = "net.tcp.accepted",
     /// TCP connections opened by us and established.
@@ -50,6 +52,12 @@ counters! {
     drop_malformed = "net.drop.malformed",
     /// Dropped: not for our link or IP address.
     drop_not_ours = "net.drop.not_ours",
+    /// Dropped: a packet of others whose time to live was over.
+    drop_ttl = "net.drop.ttl",
+    /// Dropped: a packet of others that there is no route for, or that may not be passed on.
+    drop_no_route = "net.drop.no_route",
+    /// Dropped: a packet of others that is too long for its next link and may not be cut.
+    drop_too_long = "net.drop.too_long",
     /// Dropped: a wrong IP, TCP, UDP or ICMP checksum.
     drop_checksum = "net.drop.checksum",
     /// Dropped: an EtherType, protocol or message that we do not speak.

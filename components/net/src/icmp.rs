@@ -226,6 +226,11 @@ impl Shard {
 
     /// Sends an error about `ip` (RFC 1122, 3.2.2: never about an error, a group or an unspecified source).
     fn icmp_error(&mut self, ip: &Ip<'_>, kind: u8, code: u8, word: u32) {
+        self.icmp_error_from(ip.dst, ip, kind, code, word);
+    }
+
+    /// [`Shard::icmp_error`] by a router, whose address is `from`.
+    pub(crate) fn icmp_error_from(&mut self, from: IpAddr, ip: &Ip<'_>, kind: u8, code: u8, word: u32) {
         let is_error = matches!(ip.protocol, protocol::ICMP | protocol::ICMPV6) && quotes(ip);
         if ip.src.is_unspecified() || ip.src.is_multicast() || is_error {
             return;
@@ -234,7 +239,7 @@ impl Shard {
             return self.io.counters.drop_rate_limit.increment();
         }
         let quote = ip.whole.get(..ip.whole.len().min(QUOTE)).unwrap_or_default();
-        self.icmp_send(ip.dst, ip.src, 8 + quote.len(), &mut |buf| {
+        self.icmp_send(from, ip.src, 8 + quote.len(), &mut |buf| {
             put(buf, 0, &[kind, code, 0, 0]);
             put(buf, 4, &word.to_be_bytes());
             put(buf, 8, quote);

@@ -37,6 +37,9 @@ impl Shard {
         }
         let class = self.routes.classify(iface, ip.dst);
         let dhcp = ip.protocol == protocol::UDP && be16(ip.payload, 2) == Some(crate::dhcp::CLIENT_PORT);
+        if class == Class::Foreign && direct && !dhcp && self.routes.forward {
+            return self.forward_v4(iface, &ip, checksum_ok);
+        }
         if class == Class::Foreign && !(direct && dhcp) || iface != LOOPBACK && ip.dst.is_loopback() {
             return self.io.counters.drop_not_ours.increment();
         }

@@ -24,6 +24,7 @@ mod counters;
 mod dhcp;
 mod dns;
 mod ethernet;
+mod forward;
 pub mod hostlink;
 mod icmp;
 mod io;

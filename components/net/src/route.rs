@@ -21,6 +21,8 @@ pub(crate) struct Interface {
     pub(crate) v6: Vec<(Ipv6Addr, u8)>,
     /// Addresses under duplicate address detection.
     pub(crate) tentative: Vec<Ipv6Addr>,
+    /// Subnets behind other routers: address, prefix length, router.
+    pub(crate) routes_v4: Vec<(Ipv4Addr, u8, Ipv4Addr)>,
     pub(crate) gateway_v4: Option<Ipv4Addr>,
     pub(crate) gateway_v6: Option<Ipv6Addr>,
     pub(crate) dns: Vec<IpAddr>,
@@ -33,6 +35,8 @@ pub(crate) struct Interface {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Routes {
     pub(crate) interfaces: Vec<Interface>,
+    /// Packets for others are passed on.
+    pub(crate) forward: bool,
 }
 
 /// Where a packet goes next.
@@ -175,6 +179,16 @@ impl Routes {
         if let Some(found) = candidates().find(|(_, interface)| interface.on_link(dst)) {
             return Some(to(found));
         }
+        if let IpAddr::V4(v4) = dst {
+            let routes = candidates().flat_map(|(iface, interface)| {
+                let to_it =
+                    interface.routes_v4.iter().filter(move |(to, prefix, _)| same_v4(*to, v4, *prefix));
+                to_it.map(move |(_, prefix, via)| (*prefix, Hop { iface, next: IpAddr::V4(*via) }))
+            });
+            if let Some((_, hop)) = routes.max_by_key(|(prefix, _)| *prefix) {
+                return Some(hop);
+            }
+        }
         candidates()
             .find_map(|(iface, interface)| interface.gateway(dst.is_ipv4()).map(|next| Hop { iface, next }))
     }
@@ -232,9 +246,14 @@ mod tests {
                 v4: alloc::vec![(Ipv4Addr::new(10, 0, 2, 15), 24)],
                 v6: alloc::vec![("fe80::1".parse().unwrap(), 64), ("fd00::5".parse().unwrap(), 64)],
                 gateway_v4: Some(Ipv4Addr::new(10, 0, 2, 2)),
+                routes_v4: alloc::vec![
+                    (Ipv4Addr::new(10, 1, 0, 0), 16, Ipv4Addr::new(10, 0, 2, 3)),
+                    (Ipv4Addr::new(10, 1, 5, 0), 24, Ipv4Addr::new(10, 0, 2, 4)),
+                ],
                 mtu: 1500,
                 ..Default::default()
             }],
+            forward: false,
         }
     }
 
@@ -247,6 +266,8 @@ mod tests {
         assert_eq!(hop("10.0.2.15").unwrap().iface, LOOPBACK);
         assert_eq!(hop("10.0.2.77").unwrap().next, "10.0.2.77".parse::<IpAddr>().unwrap());
         assert_eq!(hop("8.8.8.8").unwrap().next, "10.0.2.2".parse::<IpAddr>().unwrap());
+        assert_eq!(hop("10.1.4.9").unwrap().next, "10.0.2.3".parse::<IpAddr>().unwrap());
+        assert_eq!(hop("10.1.5.9").unwrap().next, "10.0.2.4".parse::<IpAddr>().unwrap());
         assert_eq!(hop("fd00::77").unwrap().iface, 0);
         assert_eq!(hop("2001:db8::1"), None);
         let broadcast = hop("10.0.2.255").unwrap();

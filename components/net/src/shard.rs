@@ -167,6 +167,7 @@ impl Shard {
             interfaces.push(interface(&info, settings));
             ports.push(Port::new(queue, owner, info.mac, info.caps));
         }
+        let forward = settings.iter().any(|one| one.forward);
         let control = if id == 0 {
             interfaces
                 .iter()
@@ -189,7 +190,7 @@ impl Shard {
             limits,
             now_ns,
             io: Io::new(id, ports, counters),
-            routes: Arc::new(Routes { interfaces }),
+            routes: Arc::new(Routes { interfaces, forward }),
             scope: 0,
             neighbors: Neighbors::default(),
             timers: TimerQueue::default(),
@@ -414,6 +415,7 @@ fn interface(info: &NicInfo, settings: &Settings) -> Interface {
         mac: info.mac,
         mtu: info.mtu.max(576),
         dns: settings.dns.clone(),
+        routes_v4: settings.routes.clone(),
         configured_v4: settings.ipv4 != Ipv4Setting::Dhcp,
         // A link-local address is only waited for where there is nothing else to wait for.
         configured_v6: match settings.ipv6 {

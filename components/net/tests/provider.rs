@@ -24,6 +24,7 @@ impl Instance {
             ipv4: format!("10.0.0.{last}/24"),
             ipv6: format!("fd00::{last}/64"),
             gateway: None,
+            routes: vec![],
             // The first does not answer: it is this host, where nobody listens.
             dns: if last == 1 { vec!["10.0.0.1".into(), "10.0.0.2".into()] } else { vec![] },
         };

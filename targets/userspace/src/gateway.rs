@@ -37,6 +37,7 @@ pub fn guest_interface() -> Interface {
         ipv4: format!("{GUEST}/24"),
         ipv6: "none".into(),
         gateway: Some(GATEWAY.to_string()),
+        routes: Vec::new(),
         dns: Vec::new(),
     }
 }

@@ -1,5 +1,6 @@
 //! Whole stacks against each other in memory, with virtual time.
 
+mod forward;
 mod ip;
 mod stall;
 mod tcp;
