@@ -39,6 +39,23 @@ fn transfer_over_a_bad_link() {
 }
 
 #[test]
+fn a_grid_of_routers() {
+    let report =
+        scenario::run(&Options { scenario: "grid".into(), nodes: 30, ..Options::default() }).unwrap();
+    clean(&report);
+    assert_eq!(report.counters["pings_answered"], 29 + 28);
+}
+
+#[test]
+fn httpd_under_loss() {
+    let options =
+        Options { scenario: "httpd".into(), seconds: 20, nodes: 4, link: bad_link(), ..Options::default() };
+    let report = scenario::run(&options).unwrap();
+    clean(&report);
+    assert!(report.counters["fetched"] > 5, "{:?}", report.counters);
+}
+
+#[test]
 fn power_cuts() {
     for seed in 1..=4 {
         let options = Options { scenario: "power-cuts".into(), seed, ..Options::default() };

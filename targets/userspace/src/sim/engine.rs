@@ -271,6 +271,15 @@ impl Simulation {
         value.ok_or_else(|| self.0.why_ended(host.index()))
     }
 
+    /// Waits for a thread that was started with [`Threads::spawn`]. Context: the outside. Errors: it panicked, its node went
+    /// down, or a limit is reached.
+    pub fn wait_for(&self, host: SimHost, thread: ThreadId) -> Result<(), Failure> {
+        match self.0.join_any(host.index(), thread)? {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.0.why_ended(host.index())),
+        }
+    }
+
     /// Lets `ns` of virtual time pass. Context: the outside. Errors: a limit.
     pub fn run_for(&self, ns: u64) -> Result<(), Failure> {
         self.0.sleep_outside(self.now_ns() + ns)

@@ -4,6 +4,8 @@
 //! it saw. [`run`] is what `anykernel simulate` and the tests call.
 
 mod faults;
+mod grid;
+mod httpd;
 mod image;
 mod power;
 mod transfer;
@@ -105,6 +107,8 @@ pub const SCENARIOS: &[Scenario] = &[
         "every node sends to its neighbour over TCP on one segment; each byte is checked",
         transfer::run,
     ),
+    ("grid", "routers in a grid ping each other over static routes", grid::run),
+    ("httpd", "clients fetch a file from a server and check every byte", httpd::run),
     (
         "power-cuts",
         "a node writes files and its power fails at every write; what was synced must be there",
