@@ -6,6 +6,7 @@ mod files;
 mod image;
 mod manifest;
 mod run;
+mod simulate;
 mod size;
 
 use anykernel_userspace::{Failure, interrupt, logger};
@@ -32,6 +33,7 @@ struct Cli {
 enum Command {
     Run(Box<run::Run>),
     Demo(demo::Demo),
+    Simulate(simulate::Simulate),
     Ls(files::Ls),
     Tree(files::Tree),
     Stat(files::Stat),
@@ -50,6 +52,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(command) => command.run(),
         Command::Demo(command) => command.run(),
+        Command::Simulate(command) => command.run(),
         Command::Ls(command) => command.run(),
         Command::Tree(command) => command.run(),
         Command::Stat(command) => command.run(),

@@ -61,7 +61,9 @@ pub(super) struct Simulate {
 
 fn parse_range(text: &str) -> Result<Range<u64>, String> {
     let range = text.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
-    range.filter(|range| !range.is_empty()).ok_or_else(|| "write the first seed and the one after the last, as in 1..100".into())
+    range
+        .filter(|range| !range.is_empty())
+        .ok_or_else(|| "write the first seed and the one after the last, as in 1..100".into())
 }
 
 /// Percent to parts of a million.
@@ -124,9 +126,12 @@ impl Simulate {
         let name = self.scenario.clone().unwrap_or_default();
         let is_file = name.ends_with(".json");
         let mut options = if is_file {
-            let text = std::fs::read_to_string(&name).map_err(|error| Failure::usage(format!("{name}: {error}")))?;
+            let text =
+                std::fs::read_to_string(&name).map_err(|error| Failure::usage(format!("{name}: {error}")))?;
             serde_json::from_str(&text).map_err(|error| {
-                Failure::usage(format!("{name}: {error}; `anykernel simulate --help` shows what such a file is like"))
+                Failure::usage(format!(
+                    "{name}: {error}; `anykernel simulate --help` shows what such a file is like"
+                ))
             })?
         } else {
             Options { scenario: name.clone(), ..Options::default() }
