@@ -1,6 +1,7 @@
 //! What the tests need beside cargo, and how it gets here.
 
 use crate::sh::{self, Result, quiet, step};
+use module_build::toolchain::{DEBIAN_PACKAGES, Need, TARGET, Toolchain};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
@@ -33,8 +34,6 @@ const PEERS: &[(&str, &str)] = &[("/usr/sbin/nginx", "nginx-light"), ("/usr/bin/
 
 /// Debian's meta packages of the kernels that the module is built for and tested in.
 const KERNEL_HEADERS: [&str; 2] = ["linux-headers-cloud-amd64", "linux-headers-6.12-cloud-amd64"];
-
-const RUST_TARGET: &str = "x86_64-unknown-none";
 
 /// Installs everything, or says in one line what the user has to do.
 pub(crate) fn everything() -> Result {
@@ -98,22 +97,25 @@ fn is_root() -> bool {
     })
 }
 
-/// The bare-metal target and the library source that the kernel module is built from.
+/// The bare-metal target and the library source that the kernel module is built from: from rustup, else, as root, from
+/// Debian.
 fn rust_parts() -> Result {
-    let sysroot = quiet(Command::new("rustc").args(["--print", "sysroot"]).current_dir(sh::root()))?;
-    let lib = Path::new(String::from_utf8_lossy(&sysroot).trim()).join("lib/rustlib");
-    if !lib.join(RUST_TARGET).exists() {
-        step(&format!("adding Rust target {RUST_TARGET}"));
-        quiet(Command::new("rustup").args(["target", "add", RUST_TARGET]).current_dir(sh::root())).map_err(
-            |error| format!("{error}\nxtask: the unikernel needs it: rustup target add {RUST_TARGET}"),
-        )?;
+    let parts = [("target", TARGET, TARGET), ("component", "rust-src", "src/rust/library/core")];
+    let sysroot = quiet(Command::new("rustc").args(["--print", "sysroot"]).current_dir(sh::root()))
+        .map(|path| Path::new(String::from_utf8_lossy(&path).trim()).join("lib/rustlib"));
+    for (kind, name, place) in parts {
+        if sysroot.as_ref().is_ok_and(|lib| !lib.join(place).exists()) {
+            step(&format!("rustup {kind} add {name}"));
+            if let Err(error) =
+                quiet(Command::new("rustup").args([kind, "add", name]).current_dir(sh::root()))
+            {
+                step(&format!("rustup cannot: {}", error.lines().last().unwrap_or_default()));
+            }
+        }
     }
-    if !lib.join("src/rust/library/core").exists() {
-        step("adding Rust component rust-src");
-        quiet(Command::new("rustup").args(["component", "add", "rust-src"]).current_dir(sh::root()))
-            .map_err(|error| {
-                format!("{error}\nxtask: the kernel module needs it: rustup component add rust-src")
-            })?;
+    let complete = || Toolchain::find(Need::Core).and_then(|_| Toolchain::find(Need::Source)).map(drop);
+    if complete().is_err() && is_root() {
+        install(DEBIAN_PACKAGES.into())?;
     }
-    Ok(())
+    complete()
 }

@@ -2,6 +2,7 @@
 
 use crate::sh::{self, Result, cargo, step};
 use crate::{install, matrix};
+use module_build::toolchain::{Need, TARGET, Toolchain};
 use std::time::Instant;
 
 /// Crates that are components or below: they must build for a machine without an operating system.
@@ -25,7 +26,8 @@ pub(crate) fn run(filter: Option<&str>) -> Result {
         sh::run(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
         timed("components without an operating system");
         let mut check = cargo();
-        check.args(["check", "--quiet", "--target", "x86_64-unknown-none"]);
+        check.args(["check", "--quiet", "--target", TARGET]);
+        Toolchain::find(Need::Core)?.apply(&mut check);
         for name in BARE {
             check.args(["--package", name]);
         }

@@ -4,10 +4,13 @@
 //! Distribution kernels are not configured for Rust (CONFIG_RUST), which does not matter here: nothing of the kernel's
 //! Rust support is used. The code is compiled with the mitigations that such kernels expect of their modules.
 
+pub mod toolchain;
+
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use toolchain::{Need, TARGET, Toolchain};
 
 /// How a program is run: its purpose for a person, and the command. What it returns as an error ends the build.
 pub type Run<'a, E> = &'a mut dyn FnMut(&str, Command) -> Result<(), E>;
@@ -15,8 +18,6 @@ pub type Run<'a, E> = &'a mut dyn FnMut(&str, Command) -> Result<(), E>;
 /// What Rust exports to the C half; everything else in the object is made local.
 const EXPORTS: [&str; 5] =
     ["ak_rust_check", "ak_rust_main", "ak_rust_thread", "ak_rust_stop", "ak_rust_raise"];
-
-const TARGET: &str = "x86_64-unknown-none";
 
 /// As the kernel's own code: no GOT (the module loader knows no GOTPCREL), retpolines and return thunks (the loader
 /// patches them as the CPU needs), ENDBR at indirect targets, no jump tables (they would be indirect jumps).
@@ -82,8 +83,9 @@ pub fn build<E: From<String>>(build: &Build, run: Run<'_, E>) -> Result<Module, 
     });
     fs::create_dir_all(&dir).map_err(told(&dir))?;
 
-    has_rust_src()?;
-    run("compiling the module's Rust half", cargo(&build.workspace, &target_dir, feature))?;
+    // The core library is compiled with the kernel's flags, too.
+    let toolchain = Toolchain::find(Need::Source)?;
+    run("compiling the module's Rust half", cargo(&toolchain, &build.workspace, &target_dir, feature))?;
     let library = target_dir.join(TARGET).join("release").join("libanykernel_linux_module.a");
     let object = dir.join("rust.o");
     if newer(&library, &object) {
@@ -117,18 +119,7 @@ fn setting(name: &str, value: &Path) -> OsString {
     text
 }
 
-/// The core library is compiled with the kernel's flags too, so its source is needed.
-fn has_rust_src() -> Result<(), String> {
-    let output = Command::new("rustc").args(["--print", "sysroot"]).output();
-    let sysroot = output.ok().filter(|output| output.status.success()).ok_or("rustc is not installed")?;
-    let sysroot = PathBuf::from(String::from_utf8_lossy(&sysroot.stdout).trim());
-    if sysroot.join("lib/rustlib/src/rust/library/Cargo.lock").is_file() {
-        return Ok(());
-    }
-    Err("the source of Rust's core library is missing: rustup component add rust-src".into())
-}
-
-fn cargo(workspace: &Path, target_dir: &Path, feature: Option<&str>) -> Command {
+fn cargo(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, feature: Option<&str>) -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .current_dir(workspace)
@@ -141,11 +132,9 @@ fn cargo(workspace: &Path, target_dir: &Path, feature: Option<&str>) -> Command 
             "--crate-type",
             "staticlib",
         ])
-        .args(["-Zbuild-std=core,alloc", "--target", TARGET, "--target-dir"])
+        .args(["--target", TARGET, "--target-dir"])
         .arg(target_dir)
         .args(feature.map(|feature| format!("--features={feature}")))
-        // Building core is not stable, though it has worked for years.
-        .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\x1f"))
         .env("CARGO_PROFILE_RELEASE_LTO", "fat")
         .env("CARGO_PROFILE_RELEASE_PANIC", "abort")
@@ -153,6 +142,7 @@ fn cargo(workspace: &Path, target_dir: &Path, feature: Option<&str>) -> Command 
         .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_TARGET_DIR");
+    toolchain.apply(&mut cargo);
     cargo
 }
 

@@ -74,14 +74,11 @@ pub fn exclusive(dir: &Path) -> Result<std::fs::File, Failure> {
     locked.map_err(|error| Failure::new(format!("{}: {error}", path.display())))
 }
 
-/// Runs `cargo` with `args` in the workspace: see [`step`].
-pub fn cargo<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(
-    what: &str,
-    args: I,
-) -> Result<(), Failure> {
+/// cargo, in the workspace.
+pub fn cargo() -> Result<Command, Failure> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(args).current_dir(workspace()?);
-    step(what, command)
+    command.current_dir(workspace()?);
+    Ok(command)
 }
 
 fn lines(from: Option<impl std::io::Read>, mut each: impl FnMut(&str)) -> String {

@@ -2,7 +2,7 @@
 //!
 //! # What a target provides
 //! One file, [`rumprun`] or [`linux_module`], with `run(&RunSpec) -> Result<ExitStatus, Failure>`, which
-//! 1. builds what boots, with [`build::cargo`] or [`build::step`] (spinner, Ctrl-C and error output are theirs);
+//! 1. builds what boots, with [`build::step`] (spinner, Ctrl-C and error output are its own);
 //! 2. makes a [`Machine`]: [`Machine::microvm`] or [`Machine::q35`], [`Machine::kernel`], [`Machine::arg`] for the rest.
 //!    CPUs, memory, disks and the network come from the [`RunSpec`], already checked, as virtio devices in order
 //!    (disks first), on virtio-mmio for microvm and PCI for q35;

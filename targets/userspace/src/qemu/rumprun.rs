@@ -3,10 +3,9 @@
 use super::{Machine, build, symbols};
 use crate::{Failure, HostDisk, MachineKind, RunSpec};
 use hypercall::ExitStatus;
+use module_build::toolchain::{Need, TARGET, Toolchain};
 use std::path::PathBuf;
 
-/// What the image is compiled for.
-const TARGET: &str = "x86_64-unknown-none";
 /// The profile of the workspace that images are built with.
 const PROFILE: &str = "image";
 /// Memory of the machine unless told otherwise.
@@ -24,27 +23,14 @@ pub fn image_with(app: &str, feature: Option<&str>) -> Result<PathBuf, Failure> 
     let workspace = build::workspace()?;
     let target_dir =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
-    let args = [
-        "build",
-        "--package",
-        package,
-        "--profile",
-        PROFILE,
-        "--target",
-        TARGET,
-        "--features",
-        &feature.map_or_else(|| app.to_owned(), |feature| format!("{app},{feature}")),
-        "--bin",
-        app,
-    ];
+    let features = feature.map_or_else(|| app.to_owned(), |feature| format!("{app},{feature}"));
+    let mut cargo = build::cargo()?;
+    cargo.args(["build", "--package", package, "--profile", PROFILE, "--target", TARGET]);
+    cargo.args(["--features", &features, "--bin", app]);
+    Toolchain::find(Need::Core)?.apply(&mut cargo);
     // Cargo gives all of them one name, so nobody else may build until this one is packed.
     let _exclusive = build::exclusive(&target_dir)?;
-    build::cargo(&what, args).map_err(|failure| match target_is_there() {
-        true => failure,
-        false => Failure::new(format!(
-            "the Rust target {TARGET} is not installed: install it with `rustup target add {TARGET}`"
-        )),
-    })?;
+    build::step(&what, cargo)?;
     let linked = target_dir.join(TARGET).join(PROFILE).join(app);
     let packed =
         linked.with_extension(feature.map_or_else(|| "elf".to_owned(), |feature| format!("{feature}.elf")));
@@ -59,14 +45,6 @@ pub fn image_with(app: &str, feature: Option<&str>) -> Result<PathBuf, Failure> 
             .map_err(|error| fail(&error))?;
     }
     Ok(packed)
-}
-
-/// Whether the compiler can build for bare metal.
-fn target_is_there() -> bool {
-    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let output =
-        std::process::Command::new(rustc).args(["--print", "target-libdir", "--target", TARGET]).output();
-    output.is_ok_and(|output| std::path::Path::new(String::from_utf8_lossy(&output.stdout).trim()).is_dir())
 }
 
 /// Builds the image if it is not up to date, boots it and waits until it ends.
