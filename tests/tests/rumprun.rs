@@ -2,7 +2,9 @@
 //! small machine. Needs `qemu-system-x86_64` and the Rust target `x86_64-unknown-none`.
 
 use anykernel_tests::{Running, free_port};
+use anykernel_userspace::RunSpec;
 use anykernel_userspace::qemu::{Accelerator, rumprun};
+use object::{Object, ObjectSegment};
 use sha2::{Digest, Sha256};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -227,6 +229,24 @@ fn the_clock_runs_at_the_right_speed() {
         );
         println!("{machine}: {ours:?} in the guest, {theirs:?} here");
     }
+}
+
+/// QEMU ends with 0 then, as after a good end.
+#[test]
+fn a_machine_that_resets_is_a_failure() {
+    let mut image = std::fs::read(hello()).unwrap();
+    // The first instruction becomes an invalid one, for which there is no handler yet.
+    let at = {
+        let elf = object::File::parse(&*image).unwrap();
+        let text = elf.segments().find(|segment| segment.address() == elf.entry()).unwrap();
+        usize::try_from(text.file_range().0).unwrap()
+    };
+    image[at..at + 2].copy_from_slice(&[0x0f, 0x0b]);
+    let dir = tempfile::tempdir().unwrap();
+    let broken = dir.path().join("broken.elf");
+    std::fs::write(&broken, image).unwrap();
+    let failure = rumprun::boot(&RunSpec::new(Default::default()), &broken).unwrap_err();
+    assert!(failure.line.contains("reset"), "{failure}");
 }
 
 #[test]

@@ -28,6 +28,7 @@ pub struct Machine {
     args: Vec<OsString>,
     name: &'static str,
     limit: Option<Duration>,
+    powers_off: bool,
     /// Where the console is written to instead of our standard output.
     console: Option<PathBuf>,
     memory: u64,
@@ -37,8 +38,17 @@ impl Machine {
     fn new(name: &'static str, bus: Bus, kind: &'static str, spec: &RunSpec, default_memory: u64) -> Self {
         let memory = spec.memory.unwrap_or(default_memory) & !0xfff;
         let accelerator = Accelerator::detect().args().into();
-        let mut machine =
-            Self { bus, kind, accelerator, args: Vec::new(), name, limit: None, console: None, memory };
+        let mut machine = Self {
+            bus,
+            kind,
+            accelerator,
+            args: Vec::new(),
+            name,
+            limit: None,
+            powers_off: false,
+            console: None,
+            memory,
+        };
         machine.args(["-smp", &spec.cpus.to_string(), "-m", &format!("{}k", memory >> 10)]);
         machine.args(["-device", &format!("isa-debug-exit,iobase={DEBUG_EXIT_PORT:#x},iosize=4")]);
         machine.disks(spec);
@@ -63,6 +73,12 @@ impl Machine {
     /// The guest rewrites its own code, as Linux does: see [`Accelerator::args_for_self_modifying`].
     pub fn self_modifying(&mut self) -> &mut Self {
         self.accelerator(Accelerator::detect().args_for_self_modifying())
+    }
+
+    /// The guest ends by turning the machine off. Of others that is a failure: QEMU cannot tell it from a reset.
+    pub fn powers_off(&mut self) -> &mut Self {
+        self.powers_off = true;
+        self
     }
 
     /// Another accelerator than the fastest: QEMU's arguments.
@@ -225,6 +241,12 @@ impl Machine {
         let errors = errors.join().unwrap_or_default();
         watch.finish()?;
         match end {
+            Ok(End::Ended(status)) if status.code() == Some(0) && !self.powers_off => {
+                Err(Failure::new(format!(
+                    "{} reset its machine without a word: it met a fault that it could not report",
+                    self.name
+                )))
+            }
             Ok(End::Ended(status)) => match status_of(status.code()) {
                 Some(status) => Ok(status),
                 None => {

@@ -15,7 +15,8 @@
 //!
 //! # Exit status
 //! The guest ends the machine by writing [`exit_value`] as one byte to port [`DEBUG_EXIT_PORT`]; QEMU then ends with twice
-//! that plus one. QEMU's own failures (exit code 1) cannot be mistaken for it. A guest that powers off counts as success.
+//! that plus one. QEMU's own failures (exit code 1) cannot be mistaken for it. A guest that
+//! powers off counts as success only where its target says so, since a reset looks the same.
 
 pub mod accel;
 mod backlog;
