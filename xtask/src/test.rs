@@ -9,10 +9,6 @@ use std::time::Instant;
 const BARE: [&str; 7] =
     ["hypercall", "anykernel", "anykernel-net", "anykernel-vfs", "anykernel-virtio", "httpd", "selftest"];
 
-/// Fails once in some dozens of runs for a bug still to be found: a TCP connection that stalls at a closed window. It alone
-/// gets a second try; an entry goes when its bug is found.
-const INTERMITTENT: [&str; 1] = ["a_client_that_does_not_read_is_held_back_and_harms_nobody"];
-
 /// Installs, checks, tests and boots.
 pub(crate) fn run(filter: Option<&str>) -> Result {
     let start = Instant::now();
@@ -36,22 +32,12 @@ pub(crate) fn run(filter: Option<&str>) -> Result {
     timed("the command line");
     let anykernel = sh::anykernel()?;
     timed("tests");
-    let run = |arguments: &[&str]| {
-        let mut tests = cargo();
-        tests.args(["test", "--workspace", "--no-fail-fast", "--"]).args(arguments);
-        sh::run(tests.env("ANYKERNEL", &anykernel))
-    };
-    match filter {
-        Some(filter) => run(&[filter])?,
-        None => {
-            run(&INTERMITTENT.map(|name| ["--skip", name]).concat())?;
-            timed("tests that fail now and then");
-            if let Err(line) = run(&INTERMITTENT) {
-                step(&format!("{line}; A KNOWN BUG SHOWED ITSELF: see above. Running these once more"));
-                run(&INTERMITTENT)?;
-            }
-        }
+    let mut tests = cargo();
+    tests.args(["test", "--workspace", "--no-fail-fast"]).env("ANYKERNEL", &anykernel);
+    if let Some(filter) = filter {
+        tests.args(["--", filter]);
     }
+    sh::run(&mut tests)?;
     if filter.is_none() {
         timed("model checks");
         // In a directory of its own: the flag is for all crates, and would have everything built again each time.

@@ -1,6 +1,6 @@
 //! What keeps a connection going where smoltcp 0.14 would stop for ever.
 //!
-//! All of it comes from a closed window (RFC 9293, 3.8.6.1) and what smoltcp then does with its one timer:
+//! Most of it comes from a closed window (RFC 9293, 3.8.6.1) and what smoltcp then does with its one timer:
 //!
 //! - **It forgets what is in flight.** An acknowledgement that also closes the window replaces the retransmission timer
 //!   by that of the zero-window probe; as the window opens, that one is stopped. What the peer dropped is never sent
@@ -14,7 +14,8 @@
 //!   closed window at once, and both took the other's byte as the windows opened: that byte is not counted as sent, so what
 //!   either says from then on begins one too early, like a keep-alive. Or our window closed a few bytes before the edge
 //!   that was announced first, because a scaled window is rounded (RFC 7323, 2.4): the peer sent those bytes, we did
-//!   not take them, and what it says begins after them. So news is told as if it began where it is expected.
+//!   not take them, and what it says begins after them. So news is told as if it began where it is expected. (What we
+//!   say ourselves is put right in [`super::egress`].)
 //!
 //! And one that has nothing to do with time: it scales the window that it said in a SYN, which is not scaled
 //! ([`SYN_WINDOW`]), and panics when a peer fills what it takes for the window.
