@@ -1,11 +1,11 @@
 //! Reading from a device into the cache.
 
+use super::batch::Batch;
 use super::device::CachedDevice;
 use super::shard::{Key, PageBits, allocate, page_bits};
-use super::{BlockCache, MAX_REQUEST_BUFFERS, PAGE};
+use super::{BlockCache, PAGE};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
-use alloc::vec::Vec;
 use anykernel::block::{BlockDevice, BlockError, Complete, Op, Rejected, Request};
 use anykernel::sync::Mutex;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,15 +32,6 @@ pub(super) struct Fill<H: Host> {
     starved: AtomicBool,
     /// The first failure.
     error: Mutex<H, Option<BlockError>>,
-}
-
-/// Pages that follow each other on the disk.
-#[derive(Default)]
-struct Batch {
-    first_page: u64,
-    next_page: u64,
-    bytes: usize,
-    buffers: Vec<Box<[u8]>>,
 }
 
 impl<H: Host> Fill<H> {
@@ -115,7 +106,9 @@ impl<H: Host> Fill<H> {
         }
         // Whoever wants this alone waits for it.
         let alone = urgency == Urgency::Demand && fill.submitted_bytes() == 0;
-        fill.submit(device, &mut batch, if alone { Urgency::Now } else { urgency });
+        if let Some(rest) = batch.take() {
+            fill.submit(device, rest, if alone { Urgency::Now } else { urgency });
+        }
         fill
     }
 
@@ -179,18 +172,9 @@ impl<H: Host> Fill<H> {
         if memory.len() > most {
             return self.add_in_pieces(device, batch, page, &memory, urgency);
         }
-        if batch.buffers.is_empty() {
-            batch.first_page = page;
-        } else if batch.next_page != page
-            || batch.bytes + memory.len() > most
-            || batch.buffers.len() == MAX_REQUEST_BUFFERS
-        {
-            self.submit(device, batch, urgency);
-            batch.first_page = page;
+        if let Some(full) = batch.add(page, memory, device.info()) {
+            self.submit(device, full, urgency);
         }
-        batch.next_page = page + memory.len().div_ceil(PAGE) as u64;
-        batch.bytes += memory.len();
-        batch.buffers.push(memory);
     }
 
     fn add_in_pieces(
@@ -215,23 +199,12 @@ impl<H: Host> Fill<H> {
         }
     }
 
-    fn submit(self: &Arc<Self>, device: &CachedDevice<H>, batch: &mut Batch, urgency: Urgency) {
-        if batch.buffers.is_empty() {
-            return;
-        }
-        let batch = core::mem::take(batch);
+    fn submit(self: &Arc<Self>, device: &CachedDevice<H>, batch: Batch, urgency: Urgency) {
         let counters = &self.cache.counters;
         counters.read_requests.increment();
-        counters.read_bytes.add(batch.bytes as u64);
-        self.submitted.fetch_add(batch.bytes as u64, Ordering::Relaxed);
-        let sectors_per_page = (PAGE / device.info().sector_size as usize) as u64;
-        let request = Request {
-            op: Op::Read,
-            sector: batch.first_page * sectors_per_page,
-            buffers: batch.buffers,
-            done: self.clone(),
-            tag: batch.first_page,
-        };
+        counters.read_bytes.add(batch.bytes());
+        self.submitted.fetch_add(batch.bytes(), Ordering::Relaxed);
+        let request = batch.into_request(Op::Read, device.info(), self.clone());
         submit(self.cache.host, &*device.device, request, urgency);
     }
 }

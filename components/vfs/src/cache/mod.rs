@@ -14,6 +14,7 @@
 //! Written pages stay in the cache until memory gets short (a quarter of it dirty) or [`CachedDevice::sync`]. A page
 //! whose write fails stays dirty: the next sync tries again and reports if it fails again, so an error is never lost.
 
+mod batch;
 mod device;
 mod fill;
 mod read_ahead;

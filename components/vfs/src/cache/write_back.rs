@@ -1,10 +1,10 @@
 //! Writing dirty pages to a device.
 
+use super::batch::Batch;
 use super::device::CachedDevice;
 use super::fill::{Urgency, runs, submit};
 use super::shard::{Key, PageBits, allocate, page_bits};
-use super::{BlockCache, MAX_REQUEST_BUFFERS, PAGE};
-use alloc::boxed::Box;
+use super::{BlockCache, PAGE};
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use anykernel::block::{BlockError, Complete, Op, Request};
@@ -22,14 +22,6 @@ struct WriteBack<H: Host> {
     dirty_pages: Arc<AtomicUsize>,
     in_flight: AtomicU32,
     error: Mutex<H, Option<BlockError>>,
-}
-
-#[derive(Default)]
-struct Batch {
-    first_page: u64,
-    next_page: u64,
-    bytes: usize,
-    buffers: Vec<Box<[u8]>>,
 }
 
 impl<H: Host> BlockCache<H> {
@@ -67,7 +59,9 @@ impl<H: Host> CachedDevice<H> {
                 break;
             }
         }
-        run.submit(self, &mut batch);
+        if let Some(rest) = batch.take() {
+            run.submit(self, rest);
+        }
         run.wait(self, 0);
         let error = *run.error.lock();
         outcome.and(error.map_or(Ok(()), Err))
@@ -112,7 +106,9 @@ impl<H: Host> WriteBack<H> {
                 // Before the lock is taken again: allocation may take a while.
                 let mut memory = allocate(len)?;
                 self.take(key, at, pages, &mut memory);
-                self.add(device, batch, start, memory);
+                if let Some(full) = batch.add(start, memory, device.info()) {
+                    self.submit(device, full);
+                }
                 at += pages;
             }
         }
@@ -139,38 +135,12 @@ impl<H: Host> WriteBack<H> {
         self.cache.dirty_pages.fetch_sub(pages as usize, Ordering::Relaxed);
     }
 
-    fn add(self: &Arc<Self>, device: &CachedDevice<H>, batch: &mut Batch, page: u64, memory: Box<[u8]>) {
-        if batch.buffers.is_empty() {
-            batch.first_page = page;
-        } else if batch.next_page != page
-            || batch.bytes + memory.len() > device.info().max_request_bytes
-            || batch.buffers.len() == MAX_REQUEST_BUFFERS
-        {
-            self.submit(device, batch);
-            batch.first_page = page;
-        }
-        batch.next_page = page + memory.len().div_ceil(PAGE) as u64;
-        batch.bytes += memory.len();
-        batch.buffers.push(memory);
-    }
-
-    fn submit(self: &Arc<Self>, device: &CachedDevice<H>, batch: &mut Batch) {
-        if batch.buffers.is_empty() {
-            return;
-        }
+    fn submit(self: &Arc<Self>, device: &CachedDevice<H>, batch: Batch) {
         self.wait(device, IN_FLIGHT - 1);
-        let batch = core::mem::take(batch);
         self.cache.counters.write_requests.increment();
-        self.cache.counters.written_bytes.add(batch.bytes as u64);
+        self.cache.counters.written_bytes.add(batch.bytes());
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        let sectors_per_page = (PAGE / device.info().sector_size as usize) as u64;
-        let request = Request {
-            op: Op::Write,
-            sector: batch.first_page * sectors_per_page,
-            buffers: batch.buffers,
-            done: self.clone(),
-            tag: batch.first_page,
-        };
+        let request = batch.into_request(Op::Write, device.info(), self.clone());
         submit(self.cache.host, &*device.device, request, Urgency::Demand);
     }
 
