@@ -12,6 +12,7 @@
 extern crate alloc;
 
 pub mod block;
+pub mod calendar;
 pub mod config;
 pub mod counter;
 pub mod fs;

@@ -69,10 +69,11 @@ impl Threads for Model {
         woken
     }
     fn spawn(&self, _: ThreadSpec<'_>, _: Box<dyn FnOnce() + Send>) -> hypercall::Result<ThreadId> {
-        unimplemented!("models start their threads themselves")
+        // Models start and join their threads themselves.
+        Err(hypercall::Error::Unsupported)
     }
     fn join(&self, _: ThreadId) -> hypercall::Result<()> {
-        unimplemented!("models join their threads themselves")
+        Err(hypercall::Error::Unsupported)
     }
     fn yield_now(&self) {
         thread::yield_now();

@@ -2,6 +2,7 @@
 //!
 //! Source: fatgen103, "Date and Time Formats".
 
+use anykernel::calendar;
 use anykernel::fs::Timestamp;
 
 const DAY: i64 = 86_400;
@@ -22,39 +23,21 @@ impl DosTime {
     pub(super) fn from_seconds(seconds: i64) -> Self {
         let seconds = seconds.clamp(FIRST, LAST);
         let (days, second) = (seconds.div_euclid(DAY), seconds.rem_euclid(DAY));
-        let (year, month, day) = civil(days);
+        let (year, month, day) = calendar::date(days);
         Self {
-            date: (((year - 1980) << 9) | (month << 5) | day) as u16,
+            date: ((year - 1980) << 9) as u16 | (month << 5 | day) as u16,
             time: (((second / 3600) << 11) | ((second / 60 % 60) << 5) | (second % 60 / 2)) as u16,
         }
     }
 
     /// The moment. Fields out of range (month 13, hour 31) count on; they do no harm.
     pub(super) fn timestamp(self) -> Timestamp {
-        let (date, time) = (i64::from(self.date), i64::from(self.time));
-        let (year, month, day) = (1980 + (date >> 9), (date >> 5 & 15).max(1), (date & 31).max(1));
-        let seconds =
-            days(year, month, day) * DAY + (time >> 11) * 3600 + (time >> 5 & 63) * 60 + (time & 31) * 2;
+        let (date, time) = (u32::from(self.date), i64::from(self.time));
+        let (year, month, day) = (1980 + i64::from(date >> 9), (date >> 5 & 15).max(1), (date & 31).max(1));
+        let days = calendar::days(year, month, day);
+        let seconds = days * DAY + (time >> 11) * 3600 + (time >> 5 & 63) * 60 + (time & 31) * 2;
         Timestamp { seconds, nanos: 0 }
     }
-}
-
-/// Days since 1970-01-01 of a date of the Gregorian calendar. Years are counted from March, so that the leap day is last.
-fn days(year: i64, month: i64, day: i64) -> i64 {
-    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    365 * year + year.div_euclid(4) - year.div_euclid(100)
-        + year.div_euclid(400)
-        + (153 * month + 2) / 5
-        + day
-        - 1
-        - 719_468
-}
-
-/// The date of a day since 1970-01-01, by search among the 128 years that can be stored.
-fn civil(day: i64) -> (i64, i64, i64) {
-    let year = (1980..2108).rev().find(|year| days(*year, 1, 1) <= day).unwrap_or(1980);
-    let month = (1..=12).rev().find(|month| days(year, *month, 1) <= day).unwrap_or(1);
-    (year, month, day - days(year, month, 1) + 1)
 }
 
 #[cfg(test)]
