@@ -2,18 +2,24 @@
 
 use crate::host::{ConsoleSink, DomainExit, HostOwner, HostSetup, PosixHost};
 use crate::link::Pcap;
+use crate::usb::UsbBus;
 use crate::{HostDisk, Link};
 use anykernel::config::Config;
 use anykernel::{Kernel, StartError};
-use hypercall::{ExitStatus, Host, HostBlock, HostLink};
+use anykernel_usb::{Options, UsbStack};
+use hypercall::{ExitStatus, Host, HostBlock, HostLink, HostUsb};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+
+/// How long devices may take until they can be mounted.
+const USB_PATIENCE_NS: u64 = 10_000_000_000;
 
 /// What an instance is to be; see [`Instance::builder`].
 #[derive(Debug, Default)]
 pub struct Builder {
     setup: HostSetup,
     config: Config,
+    usb: Options,
 }
 
 impl Builder {
@@ -59,6 +65,13 @@ impl Builder {
         self
     }
 
+    /// USB devices of this machine, as far as `options` claim them.
+    pub fn usb(mut self, bus: Arc<UsbBus>, options: Options) -> Self {
+        self.setup.usb = Some(bus);
+        self.usb = options;
+        self
+    }
+
     /// Records the frames of all links.
     pub fn pcap(mut self, pcap: Arc<Pcap>) -> Self {
         self.setup.pcap = Some(pcap);
@@ -83,7 +96,7 @@ impl Builder {
     }
 
     /// As [`Builder::start`], on a host around the host, such as one that traces.
-    pub fn start_on<H: Host + HostBlock + HostLink>(
+    pub fn start_on<H: Host + HostBlock + HostLink + HostUsb>(
         mut self,
         wrap: impl FnOnce(PosixHost) -> H,
     ) -> Result<Instance<H>, StartError> {
@@ -98,6 +111,13 @@ impl Builder {
         });
         let instance = Instance { kernel: Some(kernel), owner };
         // On an error the instance is dropped here, which takes down what has started.
+        if instance.host().usb_bus().is_some() {
+            let stack = UsbStack::start_platform(instance.kernel(), self.usb)?;
+            if !stack.settle(USB_PATIENCE_NS) {
+                log::warn!("usb: some devices are still not taken in; going on without them");
+            }
+            instance.kernel().provide(stack);
+        }
         start_components(instance.kernel())?;
         Ok(instance)
     }

@@ -3,12 +3,15 @@
 use crate::gateway::{self, Bound, Gateway};
 use crate::link::{Pcap, Tap};
 use crate::trace::Trace;
+use crate::usb::UsbBus;
 use crate::{
     ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, RunSpec, UsbSpec, apps, interrupt, qemu,
 };
 use anykernel::StartError;
+use anykernel_usb::{Claim, Options};
+use hypercall::UsbPath;
 use hypercall::layers::Traced;
-use hypercall::{ExitStatus, Host, HostBlock, HostLink};
+use hypercall::{ExitStatus, Host, HostBlock, HostLink, HostUsb};
 use serde_json::json;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
@@ -82,7 +85,7 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
     }
     if target == Target::Userspace && !spec.usb.is_empty() {
         return Err(Failure::usage(
-            "--usb plugs devices in to a guest: add --on rumprun; this machine's own are there without it",
+            "--usb plugs devices in to a guest: add --on rumprun; `anykernel usb list` shows this machine's own",
         ));
     }
     for disk in spec.usb.iter().filter_map(|one| match one {
@@ -161,6 +164,12 @@ fn announce_ports(
     }
 }
 
+/// The place of the USB disk that is meant by `usb1-2.1` or `usb1-2.1p1`.
+fn usb_place(source: &str) -> Option<UsbPath> {
+    let place = source.strip_prefix("usb")?;
+    UsbPath::parse(place.split_once(['p', 'l']).map_or(place, |(place, _)| place))
+}
+
 /// Runs in this process.
 fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let mut builder = Instance::builder()
@@ -168,6 +177,12 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
         .memory(spec.memory.unwrap_or(0))
         .config(spec.config.clone())
         .console(ConsoleSink::Stdout { json: spec.json });
+    let mounted = spec.config.mounts.iter().filter_map(|mount| usb_place(&mount.source));
+    let claim: Vec<_> = mounted.collect();
+    if spec.config.app.first().is_some_and(|app| app == "usb") || !claim.is_empty() {
+        let options = Options { claim: Claim::Only(claim), ..Options::default() };
+        builder = builder.usb(UsbBus::new()?, options);
+    }
     for disk in &spec.disks {
         builder = builder.disk(HostDisk::open(&disk.path, disk.writable)?);
     }
@@ -199,7 +214,7 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     status
 }
 
-fn run_instance<H: Host + HostBlock + HostLink>(
+fn run_instance<H: Host + HostBlock + HostLink + HostUsb>(
     spec: &RunSpec,
     instance: &Instance<H>,
     gateway: Option<Gateway>,

@@ -1,8 +1,11 @@
-//! `IMAGE[:PARTITION]:/path`, and the file system behind it.
+//! `IMAGE[:PARTITION]:/path` and `usb:BUS-PORT[:PARTITION]:/path`, and the file system behind it.
 
 use anykernel::config::{Config, Mount};
 use anykernel::fs::{DirEntry, FileKind, FsError, Inode, Namespace};
+use anykernel_usb::{Claim, Options};
+use anykernel_userspace::usb::UsbBus;
 use anykernel_userspace::{ConsoleSink, Failure, HostDisk, Instance, plan};
+use hypercall::UsbPath;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -48,6 +51,9 @@ impl ImagePath {
 
     /// Opens the image. Nothing is written to it unless `writable`.
     pub(super) fn mount(&self, writable: bool) -> Result<Mounted, Failure> {
+        if let Some(device) = self.image.to_str().and_then(|image| image.strip_prefix("usb:")) {
+            return self.mount_usb(device, writable);
+        }
         let found = plan::find_file_system(&self.image, self.partition)?;
         let mount = Mount {
             source: found.device,
@@ -65,6 +71,52 @@ impl ImagePath {
         let names =
             instance.kernel().namespace().ok_or_else(|| Failure::new("this build has no file systems"))?;
         Ok(Mounted { names, place: self.clone(), kind: found.kind, instance })
+    }
+}
+
+impl ImagePath {
+    /// Mounts a USB stick of this machine: `1-2`, as `anykernel usb list` names its place.
+    fn mount_usb(&self, device: &str, writable: bool) -> Result<Mounted, Failure> {
+        let Some(place) = UsbPath::parse(device).filter(|place| !place.ports().is_empty()) else {
+            return Err(Failure::usage(format!(
+                "usb:{device}: write usb:BUS-PORT:/path, as in usb:1-2:/; `anykernel usb list` shows what there is"
+            )));
+        };
+        let options = Options { claim: Claim::Only(vec![place]), ..Options::default() };
+        let instance = Instance::builder()
+            .console(ConsoleSink::Stderr)
+            .config(Config { log: "warn".into(), ..Config::default() })
+            .usb(UsbBus::new()?, options)
+            .start()
+            .map_err(|error| Failure::new(format!("usb:{device}: {error}")))?;
+        let kernel = instance.kernel();
+        let disk = format!("usb{place}");
+        let mut devices = kernel.block_devices();
+        devices.retain(|one| match self.partition {
+            Some(partition) => one.info().name == format!("{disk}p{partition}"),
+            None => one.info().name == disk || one.info().name.starts_with(&format!("{disk}p")),
+        });
+        // The first file system on the disk or on a partition of it.
+        let found = devices.iter().find_map(|device| {
+            let kinds = kernel.fs_types();
+            let kind = kinds.iter().find(|kind| matches!(kind.probe(device), Ok(true)))?;
+            Some((device.info().name.clone(), kind.name().to_owned()))
+        });
+        let Some((source, kind)) = found else {
+            return Err(Failure::new(match devices.is_empty() {
+                true => {
+                    format!("usb:{device}: no disk is there: `anykernel usb list` shows what is, and why not")
+                }
+                false => format!("usb:{device}: no file system that is known here (ext4, FAT)"),
+            }));
+        };
+        let names = kernel.namespace().ok_or_else(|| Failure::new("this build has no file systems"))?;
+        // In the place of the empty root.
+        names
+            .unmount(b"/")
+            .and_then(|()| names.mount(&source, b"/", Some(&kind), !writable))
+            .map_err(|error| Failure::new(format!("usb:{device}: {error}")))?;
+        Ok(Mounted { names, place: self.clone(), kind, instance })
     }
 }
 

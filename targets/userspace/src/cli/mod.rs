@@ -8,6 +8,7 @@ mod manifest;
 mod run;
 mod simulate;
 mod size;
+mod usb;
 
 use anykernel_userspace::{Failure, interrupt, logger};
 use clap::{Parser, Subcommand};
@@ -39,6 +40,7 @@ enum Command {
     Stat(files::Stat),
     Cat(files::Cat),
     Cp(files::Cp),
+    Usb(usb::Usb),
     Manifest(manifest::Manifest),
     Schema(manifest::Schema),
 }
@@ -58,6 +60,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Stat(command) => command.run(),
         Command::Cat(command) => command.run(),
         Command::Cp(command) => command.run(),
+        Command::Usb(command) => command.run(),
         Command::Manifest(command) => command.run(),
         Command::Schema(command) => command.run(),
     };

@@ -1,0 +1,58 @@
+//! `usb`.
+
+use super::Outcome;
+use super::run::On;
+use anykernel::config::Config;
+use anykernel_userspace::{Failure, RunSpec, UsbSpec, logger, runner};
+use clap::{Args, Subcommand};
+
+/// Show USB devices
+#[derive(Args)]
+#[command(after_help = "Examples:
+  anykernel usb list                              what is plugged in to this machine
+  anykernel usb list --json | jq .path            the same for programs, one object a line
+  anykernel usb list --verbose --on rumprun --usb hub --usb keyboard --usb disk:stick.img
+                                                  what a unikernel finds of devices that QEMU plays
+  anykernel ls usb:1-2:/                          files of the stick at 1-2, without mounting it")]
+pub(super) struct Usb {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// What is plugged in where, what drives it, and why not
+    List(List),
+}
+
+#[derive(Args)]
+struct List {
+    /// Descriptors, too
+    #[arg(long, short)]
+    verbose: bool,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+    /// Where to look: userspace (this machine's own, through libusb) or rumprun
+    #[arg(long, value_enum, default_value = "userspace", value_name = "TARGET")]
+    on: On,
+    /// Plug something in to the guest: disk:FILE[:rw], keyboard, mouse, hub or net; may be given several times
+    #[arg(long = "usb", value_name = "DEVICE")]
+    usb: Vec<UsbSpec>,
+}
+
+impl Usb {
+    pub(super) fn run(self) -> Outcome {
+        let Command::List(list) = self.command;
+        let words = ["usb", "list"].into_iter().chain(list.verbose.then_some("--verbose"));
+        let app = words.chain(list.json.then_some("--json")).map(Into::into).collect();
+        logger::init("warn");
+        if matches!(list.on, On::LinuxModule) {
+            return Err(Failure::usage(
+                "the module does not show USB devices: use --on userspace or --on rumprun",
+            ));
+        }
+        let config = Config { log: "warn".into(), app, ..Config::default() };
+        runner::run(list.on.into(), &RunSpec { usb: list.usb, ..RunSpec::new(config) })
+    }
+}
