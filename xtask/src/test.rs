@@ -39,6 +39,18 @@ pub(crate) fn run(filter: Option<&str>) -> Result {
     }
     sh::run(&mut tests)?;
     if filter.is_none() {
+        timed("planted bugs");
+        let mut planted = cargo();
+        planted.args([
+            "test",
+            "--package",
+            "anykernel-userspace",
+            "--features",
+            "planted",
+            "--test",
+            "planted",
+        ]);
+        sh::run(&mut planted)?;
         timed("model checks");
         // In a directory of its own: the flag is for all crates, and would have everything built again each time.
         let mut models = cargo();

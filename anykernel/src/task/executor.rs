@@ -125,7 +125,9 @@ impl<H: Host> Executor<H> {
         let needed = state.notified < state.sleepers;
         if needed {
             state.notified += 1;
-            self.wakeups.fetch_add(1, Relaxed);
+            if !hypercall::planted!("lost-wakeup") {
+                self.wakeups.fetch_add(1, Relaxed);
+            }
         }
         drop(state);
         if needed {

@@ -45,7 +45,12 @@ pub fn register<H: Host + HostLink>(kernel: &Arc<Kernel<H>>) -> Result<(), Start
     let host = kernel.host().of_component("hostlink");
     for link in 0..host.link_count() {
         let name = format!("nic{}", kernel.nics().len());
-        let fail = |error| StartError::Host { what: format!("opening host link {link} as {name}"), error };
+        let fail = |error| {
+            if hypercall::planted!("leak-on-error") {
+                core::mem::forget(kernel.clone());
+            }
+            StartError::Host { what: format!("opening host link {link} as {name}"), error }
+        };
         // The contract tells address and MTU only on opening: opened for a look, and again with the queue's signal.
         let LinkInfo { mac, mtu } = host.link_open(link, Arc::new(Signal::new())).map_err(fail)?;
         host.link_close(link);

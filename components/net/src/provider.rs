@@ -354,7 +354,10 @@ impl<H: Host> SocketProvider for Provider<H> {
         for _ in 0..tries {
             let port = if addr.port() == 0 { stack.next_port() } else { addr.port() };
             let local = SocketAddr::new(addr.ip(), port);
-            let home = stack.enter(0)?.udp_shard(port);
+            let first = stack.enter(0)?;
+            let home = first.udp_shard(port);
+            // Shards are entered one at a time.
+            let _first = (hypercall::planted!("lock-order") && home != 0).then_some(first);
             match stack.enter(home)?.udp_bind(local) {
                 Ok(id) => return Ok(Arc::new(UdpSocket { stack: stack.clone(), id, local })),
                 Err(NetError::AddrInUse) => {}
@@ -563,6 +566,8 @@ impl<H: Host> Datagram for UdpSocket<H> {
 impl<H: Host> Drop for UdpSocket<H> {
     fn drop(&mut self) {
         if let Ok(mut shard) = self.stack.enter(self.id.shard) {
+            let _second =
+                (hypercall::planted!("lock-order") && self.id.shard != 0).then(|| self.stack.enter(0));
             shard.udp_close(self.id);
         }
     }

@@ -83,6 +83,43 @@ fn all_calls_fail_from_one_on() {
 }
 
 #[test]
+fn one_kind_of_call_fails_from_then_on() {
+    for call in [
+        Call::DiskFlush,
+        Call::DiskWrite,
+        Call::DiskRead,
+        Call::LinkSend,
+        Call::LinkReceive,
+        Call::FillRandom,
+    ] {
+        faults(FaultRange::EachFromOf(call), 1);
+    }
+}
+
+#[test]
+fn threads_in_each_others_way() {
+    let schedules =
+        [Schedule::Random { switch_ppm: 200_000 }, Schedule::Priorities { depth: 3, steps: 5_000 }];
+    for seed in 0..40 {
+        let schedule = schedules[seed as usize % 2];
+        let options = Options { scenario: "tasks".into(), seed, cpus: 2, schedule, ..Options::default() };
+        clean(&scenario::run(&options).unwrap());
+    }
+}
+
+#[test]
+fn datagrams_out_of_order() {
+    let options = Options { scenario: "datagrams".into(), seconds: 10, ..Options::default() };
+    let report = scenario::run(&options).unwrap();
+    clean(&report);
+    assert!(
+        report.counters["frames_reordered"] > 100 && report.counters["arrived"] > 300,
+        "{:?}",
+        report.counters
+    );
+}
+
+#[test]
 fn each_park_returns_early() {
     faults(FaultRange::EachOf(Call::Park), 1);
 }

@@ -24,6 +24,17 @@ impl SimHost {
         Self { slot, generation, node, cpus }
     }
 
+    /// Lets `ns` of virtual time pass for the calling thread.
+    pub fn sleep(&self, ns: u64) {
+        let until = hypercall::Clock::monotonic_ns(self) + ns;
+        while self.park(&0.into(), 0, Some(until)) == ParkResult::Woken && self.is_up() {}
+    }
+
+    /// Whether its simulation lives and it was neither crashed nor has ended itself.
+    pub fn is_up(&self) -> bool {
+        self.live().is_some_and(|(_, node)| !node.down.get())
+    }
+
     /// Which node of its simulation this is: the first is 0.
     pub fn index(&self) -> u32 {
         self.node

@@ -205,8 +205,10 @@ pub enum FaultRange {
     Each,
     /// All calls fail from the n-th on, for every n.
     EachFrom,
-    /// Of one call.
+    /// As `Each`, of one call.
     EachOf(Call),
+    /// As `EachFrom`, of one call: only flushes fail, only memory is used up.
+    EachFromOf(Call),
     /// By chance, with so many in a million, for so many seeds.
     Chance(u32, u64),
 }
@@ -215,7 +217,7 @@ pub enum FaultRange {
 pub fn sweep(options: &Options, range: &FaultRange, stride: u64, offset: u64) -> Report {
     let mut report = Report::new(options);
     let make = |fault| match range {
-        FaultRange::EachOf(call) => FaultPlan::only(*call, fault),
+        FaultRange::EachOf(call) | FaultRange::EachFromOf(call) => FaultPlan::only(*call, fault),
         _ => FaultPlan::new(fault),
     };
     let counting: &'static FaultPlan = Box::leak(Box::new(make(Fault::Never)));
@@ -226,7 +228,7 @@ pub fn sweep(options: &Options, range: &FaultRange, stride: u64, offset: u64) ->
     for n in (1 + offset..=end).step_by(stride.max(1) as usize) {
         let fault = match range {
             FaultRange::Each | FaultRange::EachOf(_) => Fault::Nth(n),
-            FaultRange::EachFrom => Fault::From(n),
+            FaultRange::EachFrom | FaultRange::EachFromOf(_) => Fault::From(n),
             FaultRange::Chance(ppm, _) => Fault::Random { seed: options.seed ^ n, ppm: *ppm },
         };
         let plan: &'static FaultPlan = Box::leak(Box::new(make(fault)));

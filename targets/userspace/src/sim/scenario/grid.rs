@@ -153,7 +153,7 @@ pub(super) fn run(options: &Options) -> Report {
             let (result, _) = with_kernel(host, config, |kernel| {
                 tally.up.fetch_add(1, Relaxed);
                 while (tally.up.load(Relaxed) as usize) < names.len() {
-                    host.park(&0.into(), 0, Some(host.monotonic_ns() + 1_000_000));
+                    host.sleep(1_000_000);
                 }
                 let all = if number == 0 { &names[1..] } else { &names[names.len() - 1..] };
                 if number + 1 < names.len() {
@@ -162,7 +162,7 @@ pub(super) fn run(options: &Options) -> Report {
                 tally.up.fetch_add(1, Relaxed);
                 // Others still need this router.
                 while (tally.up.load(Relaxed) as usize) < 2 * names.len() {
-                    host.park(&0.into(), 0, Some(host.monotonic_ns() + 1_000_000));
+                    host.sleep(1_000_000);
                 }
             });
             if let Err(error) = result {

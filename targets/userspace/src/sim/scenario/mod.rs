@@ -3,11 +3,13 @@
 //! Each builds a [`Simulation`] from a seed, runs real kernels with their components in it, and says in a [`Report`] what
 //! it saw. [`run`] is what `anykernel simulate` and the tests call.
 
+mod datagrams;
 mod faults;
 mod grid;
 mod httpd;
 mod image;
 mod power;
+mod tasks;
 mod transfer;
 
 pub use faults::{FaultRange, once as run_with_faults, sweep as sweep_faults};
@@ -107,6 +109,8 @@ pub const SCENARIOS: &[Scenario] = &[
         "every node sends to its neighbour over TCP on one segment; each byte is checked",
         transfer::run,
     ),
+    ("tasks", "threads of one node wake each other, take locks, open and close sockets", tasks::run),
+    ("datagrams", "fragmented datagrams over a link that changes their order", datagrams::run),
     ("grid", "routers in a grid ping each other over static routes", grid::run),
     ("httpd", "clients fetch a file from a server and check every byte", httpd::run),
     (
