@@ -91,17 +91,28 @@ pub(crate) fn write_backtrace(out: &mut impl Write, at: Option<usize>, mut frame
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
     begin();
     let out = &mut console::Writer;
+    let mut message = console::Line::new();
+    let _ = write!(message, "{}", info.message());
+    // What a person can do something about is no bug, and said in one line.
+    if message.bytes().starts_with(b"memory allocation of ") || message.bytes().ends_with(b"out of memory") {
+        let _ = write!(out, "out of memory: ");
+        write_place(out);
+        let _ = writeln!(
+            out,
+            ": {}: give the machine more (anykernel run --memory, QEMU -m) or fewer CPUs",
+            info.message()
+        );
+        if log::max_level() >= log::LevelFilter::Debug {
+            write_backtrace(out, None, regs::frame_pointer());
+        }
+        crate::exit::exit(ExitStatus::Failure);
+    }
     let _ = write!(out, "\npanic: ");
     write_place(out);
     let _ = match info.location() {
         Some(location) => writeln!(out, " at {location}: {}", info.message()),
         None => writeln!(out, ": {}", info.message()),
     };
-    let mut message = console::Line::new();
-    let _ = write!(message, "{}", info.message());
-    if message.bytes().starts_with(b"memory allocation of ") {
-        let _ = writeln!(out, "too little memory: give the machine more (anykernel run --memory, QEMU -m)");
-    }
     write_backtrace(out, None, regs::frame_pointer());
     crate::exit::exit(ExitStatus::Panic)
 }

@@ -5,7 +5,7 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-stty -F /dev/ttyS0 raw
+stty -F /dev/ttyS0 raw -echo
 stty -F /dev/ttyS1 raw
 
 # The module's messages, without the kernel's own, unless a test has the kernel say everything itself. busybox's insmod
@@ -25,6 +25,8 @@ end() {
 	sleep 0.3
 	echo "$1" >/dev/ttyS1
 	sync
+	# A good end goes without saying.
+	echo 0 >/proc/sys/kernel/printk
 	poweroff -f
 	sleep 60
 }
