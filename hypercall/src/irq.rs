@@ -39,6 +39,21 @@ impl Signal {
         host.unpark(&self.0, u32::MAX);
     }
 
+    /// Counts `by` up and wakes nobody: for who decides itself when threads go on, as a replay does. Context: any.
+    pub fn advance(&self, by: u32) {
+        self.0.fetch_add(by, Ordering::Release);
+    }
+
+    /// The word that waiters park on.
+    pub(crate) fn word(&self) -> &AtomicU32 {
+        &self.0
+    }
+
+    /// Whether `word` is the one that waiters park on.
+    pub(crate) fn is_counted_by(&self, word: &AtomicU32) -> bool {
+        core::ptr::eq(&self.0, word)
+    }
+
     /// Sleeps until the count differs from `seen`, at the latest until `deadline_ns`. Says whether it differs.
     /// Context: thread.
     #[inline]

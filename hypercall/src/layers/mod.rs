@@ -9,6 +9,7 @@ mod channel;
 mod chrome;
 mod faulty;
 mod granted;
+pub mod recorded;
 mod ring;
 #[cfg(test)]
 mod tests;
@@ -19,5 +20,6 @@ pub use channel::{CHANNEL_ALIGN, Channel, ChannelKind};
 pub use chrome::ChromeWriter;
 pub use faulty::{Fault, FaultPlan, Faulty, Injected, errors};
 pub use granted::{GrantBook, Granted};
+pub use recorded::{Recorded, Recorder};
 pub use ring::TraceRing;
 pub use traced::{ComponentName, TraceEvent, TraceSink, Traced};

@@ -46,13 +46,15 @@ pub(crate) extern "C" fn ak_rust_main() {
         }
     };
     ffi::ak_started(0);
-    loop {
-        let seen = STOP.count();
-        if STOPPING.load(Ordering::Acquire) {
-            break;
+    domain::outside(&domain.kernel.host(), || {
+        loop {
+            let seen = STOP.count();
+            if STOPPING.load(Ordering::Acquire) {
+                break;
+            }
+            STOP.wait(&LinuxHost, seen, None);
         }
-        STOP.wait(&LinuxHost, seen, None);
-    }
+    });
     domain.end();
 }
 
@@ -107,9 +109,10 @@ impl Running {
         self.kernel.stop();
         if let Some(app) = self.app {
             // It is ours and joined once, so there is nothing that could fail.
-            let _ = LinuxHost.join(app);
+            let _ = self.kernel.host().join(app);
         }
         self.kernel.shutdown();
+        domain::leave(&self.kernel.host());
         if let Some(channel) = self.channel {
             domain::finish(channel);
         }
@@ -178,7 +181,7 @@ fn start_components(kernel: &Arc<Kernel<Domain>>) -> Result<(), String> {
 }
 
 fn start_app(kernel: &Arc<Kernel<Domain>>, app: apps::App) -> Result<hypercall::ThreadId, String> {
-    let kernel = kernel.clone();
+    let (kernel, running) = (kernel.clone(), kernel);
     let run = move || {
         let status = (app.main)(&kernel);
         if !kernel.stopping() {
@@ -186,7 +189,7 @@ fn start_app(kernel: &Arc<Kernel<Domain>>, app: apps::App) -> Result<hypercall::
         }
         ffi::ak_app_ended(u32::from(status.code()));
     };
-    LinuxHost
-        .spawn(ThreadSpec { name: "ak-app", cpu: None }, Box::new(run))
+    let host = running.host();
+    host.spawn(ThreadSpec { name: "ak-app", cpu: None }, Box::new(run))
         .map_err(|error| alloc::format!("starting the application: {error}"))
 }

@@ -67,7 +67,7 @@ unsafe extern "C" {
     pub(crate) fn ak_pages_free(base: *mut c_void, count: usize);
     pub(crate) safe fn ak_memory_bytes() -> u64;
     /// Once.
-    #[cfg(feature = "trace")]
+    #[cfg(any(feature = "trace", feature = "record"))]
     pub(crate) safe fn ak_channel_alloc(size: usize) -> *mut c_void;
 
     /// `name` has `name_len` bytes; `entry` is what `ak_rust_thread` takes; `id` is written.

@@ -1,9 +1,11 @@
 //! The console: the first serial port (16550, at 0x3f8), polled, so that it works in any context.
 
 #[cfg(feature = "drivers")]
+#[cfg(target_os = "none")]
 mod listen;
 
 #[cfg(feature = "drivers")]
+#[cfg(target_os = "none")]
 pub(crate) use listen::listen;
 
 use crate::cpu::regs::{inb, outb};

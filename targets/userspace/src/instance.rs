@@ -97,8 +97,17 @@ impl Builder {
 
     /// As [`Builder::start`], on a host around the host, such as one that traces.
     pub fn start_on<H: Host + HostBlock + HostLink + HostUsb>(
+        self,
+        wrap: impl FnOnce(PosixHost) -> H,
+    ) -> Result<Instance<H>, StartError> {
+        self.start_entered(wrap, |_, body| body())
+    }
+
+    /// As [`Builder::start_on`]; who is no thread of the instance and calls it does so through `enter`.
+    pub fn start_entered<H: Host + HostBlock + HostLink + HostUsb>(
         mut self,
         wrap: impl FnOnce(PosixHost) -> H,
+        enter: Enter<H>,
     ) -> Result<Instance<H>, StartError> {
         self.setup.params.insert("config".into(), self.config.to_json());
         let owner = HostOwner::new(self.setup);
@@ -106,7 +115,7 @@ impl Builder {
         let stop = Arc::downgrade(&kernel);
         owner.set_stop_hook(move || {
             if let Some(kernel) = stop.upgrade() {
-                kernel.stop();
+                enter(&kernel.host(), &|| kernel.stop());
             }
         });
         let instance = Instance { kernel: Some(kernel), owner };
@@ -122,6 +131,9 @@ impl Builder {
         Ok(instance)
     }
 }
+
+/// Runs a function in a domain, on a thread that is none of the domain's.
+pub type Enter<H> = fn(&H, &dyn Fn());
 
 /// A running instance. [`Instance::shutdown`] or dropping it gives everything back: threads, descriptors, memory.
 pub struct Instance<H: Host = PosixHost> {

@@ -1,20 +1,25 @@
 //! Running one application, as `anykernel run` does.
 
 use crate::gateway::{self, Bound, Gateway};
+use crate::instance::Enter;
 use crate::link::{Pcap, Tap};
+use crate::record::Recording;
 use crate::trace::Trace;
 use crate::usb::UsbBus;
 use crate::{
-    ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, RunSpec, UsbSpec, apps, interrupt, qemu,
+    Builder, ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, PosixHost, RunSpec, UsbSpec, apps,
+    interrupt, qemu, replay,
 };
 use anykernel::StartError;
 use anykernel_usb::{Claim, Options};
 use hypercall::UsbPath;
-use hypercall::layers::Traced;
+use hypercall::layers::recorded::ENTER_STOP;
+use hypercall::layers::{Recorded, Recorder, Traced};
 use hypercall::{ExitStatus, Host, HostBlock, HostLink, HostUsb};
 use serde_json::json;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -75,6 +80,15 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
     if !spec.publish.is_empty() && spec.net != NetSpec::User {
         return Err(Failure::usage(
             "--publish works with --net user only: a TAP's guest has an address of its own",
+        ));
+    }
+    if spec.trace.is_some() && spec.record.is_some() {
+        return Err(Failure::usage("--trace and --record do not go together: give one of them"));
+    }
+    let usb_disk = spec.config.mounts.iter().any(|mount| mount.source.starts_with("usb"));
+    if spec.record.is_some() && (!spec.usb.is_empty() || usb_disk || app == "usb") {
+        return Err(Failure::usage(
+            "--record does not record USB devices: leave --usb and mounts of USB disks out",
         ));
     }
     if spec.memory.is_some_and(|bytes| bytes < LEAST_MEMORY) {
@@ -202,15 +216,40 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
             builder = builder.link(link);
         }
     }
+    if let Some(path) = &spec.record {
+        return record(spec, path, builder, gateway, &published);
+    }
     let Some(path) = &spec.trace else {
         let instance = builder.start().map_err(start_failure)?;
-        return run_instance(spec, &instance, gateway, &published);
+        return run_instance(spec, &instance, gateway, &published, |_, body| body());
     };
     let (trace, ring) = Trace::start(path, &spec.config.hostname)?;
     let instance = builder.start_on(|host| Traced::new(host, ring)).map_err(start_failure)?;
-    let status = run_instance(spec, &instance, gateway, &published);
+    let status = run_instance(spec, &instance, gateway, &published, |_, body| body());
     instance.shutdown();
     trace.finish()?;
+    status
+}
+
+/// The same, recorded.
+fn record(
+    spec: &RunSpec,
+    path: &Path,
+    builder: Builder,
+    gateway: Option<Gateway>,
+    published: &[(SocketAddr, u16)],
+) -> Result<ExitStatus, Failure> {
+    let header = replay::header("userspace", &spec.config);
+    let (recording, ring) = Recording::start(path, &header, spec.record_limit)?;
+    let recorder: &'static Recorder = Box::leak(Box::new(Recorder::new(ring)));
+    let enter: Enter<Recorded<PosixHost>> = |host, body| host.enter(ENTER_STOP, body);
+    let instance =
+        builder.start_entered(|host| Recorded::new(host, recorder), enter).map_err(start_failure)?;
+    let host = instance.kernel().host();
+    let status = run_instance(spec, &instance, gateway, published, enter);
+    instance.shutdown();
+    host.leave();
+    recording.finish()?;
     status
 }
 
@@ -219,12 +258,13 @@ fn run_instance<H: Host + HostBlock + HostLink + HostUsb>(
     instance: &Instance<H>,
     gateway: Option<Gateway>,
     published: &[(SocketAddr, u16)],
+    enter: Enter<H>,
 ) -> Result<ExitStatus, Failure> {
     let kernel = instance.kernel().clone();
     let stop = Arc::downgrade(&kernel);
     let guard = interrupt::on_interrupt(move || {
         if let Some(kernel) = stop.upgrade() {
-            kernel.stop();
+            enter(&kernel.host(), &|| kernel.stop());
         }
     });
     let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
@@ -240,9 +280,11 @@ fn run_instance<H: Host + HostBlock + HostLink + HostUsb>(
     drop(guard);
     // Clients are cut off before the stack behind them goes.
     drop(gateway);
+    // Also when nobody wants to know: a recording has the same calls either way.
+    let counters = kernel.counters();
     if spec.json {
         let counters: serde_json::Map<_, _> =
-            kernel.counters().into_iter().map(|(name, value)| (name, value.into())).collect();
+            counters.into_iter().map(|(name, value)| (name, value.into())).collect();
         announce(spec, &json!({ "event": "exit", "status": status.code(), "counters": counters }), "");
     }
     drop(kernel);

@@ -29,6 +29,10 @@ pub struct RunSpec {
     pub memory: Option<u64>,
     /// Where to write a trace of hypercalls (Perfetto's JSON).
     pub trace: Option<PathBuf>,
+    /// Where to write a recording for `anykernel replay`.
+    pub record: Option<PathBuf>,
+    /// How large the recording may become, in bytes; the run goes on without it.
+    pub record_limit: u64,
     /// Where to write the frames of the link.
     pub pcap: Option<PathBuf>,
     /// Standard output carries one JSON object a line: `{"event":...}`.
@@ -50,6 +54,8 @@ impl RunSpec {
             cpus: 1,
             memory: None,
             trace: None,
+            record: None,
+            record_limit: crate::record::DEFAULT_LIMIT,
             pcap: None,
             json: false,
             quiet: true,
@@ -58,6 +64,9 @@ impl RunSpec {
 
     /// What the guest's image must be able to do: the feature of its crate.
     pub(crate) fn feature(&self) -> Option<&'static str> {
+        if self.record.is_some() {
+            return Some("record");
+        }
         match (self.trace.is_some(), self.usb.is_empty()) {
             (false, true) => None,
             (true, true) => Some("trace"),

@@ -86,6 +86,8 @@ impl Demo {
             cpus: self.cpus,
             memory: None,
             trace: None,
+            record: None,
+            record_limit: anykernel_userspace::record::DEFAULT_LIMIT,
             pcap: self.pcap,
             json: false,
             quiet: true,

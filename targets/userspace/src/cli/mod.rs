@@ -5,6 +5,7 @@ mod demo;
 mod files;
 mod image;
 mod manifest;
+mod replay;
 mod run;
 mod simulate;
 mod size;
@@ -34,6 +35,7 @@ struct Cli {
 enum Command {
     Run(Box<run::Run>),
     Demo(demo::Demo),
+    Replay(replay::Replay),
     Simulate(simulate::Simulate),
     Ls(files::Ls),
     Tree(files::Tree),
@@ -54,6 +56,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(command) => command.run(),
         Command::Demo(command) => command.run(),
+        Command::Replay(command) => command.run(),
         Command::Simulate(command) => command.run(),
         Command::Ls(command) => command.run(),
         Command::Tree(command) => command.run(),

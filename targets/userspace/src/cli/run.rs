@@ -94,6 +94,12 @@ pub(super) struct Run {
     /// Write a trace of hypercalls, for https://ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Record everything that the guest is told, for `anykernel replay`; it runs more slowly
+    #[arg(long, value_name = "FILE", conflicts_with = "trace")]
+    record: Option<PathBuf>,
+    /// How large the recording may become, as in 200M; after that the run goes on unrecorded
+    #[arg(long, value_parser = size::parse, default_value = "1G", requires = "record", value_name = "SIZE")]
+    record_limit: u64,
     /// Write the frames of the link, for Wireshark
     #[arg(long, value_name = "FILE")]
     pcap: Option<PathBuf>,
@@ -164,6 +170,8 @@ impl Run {
             cpus: self.cpus,
             memory: self.memory,
             trace: self.trace,
+            record: self.record,
+            record_limit: self.record_limit,
             pcap: self.pcap,
             json: self.json,
             quiet: false,

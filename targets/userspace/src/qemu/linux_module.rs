@@ -132,7 +132,7 @@ fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Resul
     let initrd = Temporary::new(&store, "initrd", &archive)?;
     let status = Temporary::new(&store, "status", b"")?;
     let console = Temporary::new(&store, "console", b"")?;
-    let mut machine = Machine::q35("Linux", spec, DEFAULT_MEMORY);
+    let mut machine = Machine::q35(super::machine::LINUX, spec, DEFAULT_MEMORY);
     machine.self_modifying().powers_off().kernel(&kernel.image).arg("-initrd").arg(&initrd.0);
     match script {
         Some((_, limit)) => machine.console(&console.0).limit(limit).args(["-append", LOUD]),

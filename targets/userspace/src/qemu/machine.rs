@@ -13,6 +13,9 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+/// The name of a machine that boots Linux.
+pub(super) const LINUX: &str = "Linux";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Bus {
     Mmio,
@@ -91,6 +94,11 @@ impl Machine {
     pub fn console(&mut self, file: &Path) -> &mut Self {
         self.console = Some(file.into());
         self
+    }
+
+    /// Which target it is, in a recording.
+    fn target(&self) -> &'static str {
+        if self.name == LINUX { "linux-module" } else { "rumprun" }
     }
 
     /// What boots.
@@ -199,7 +207,7 @@ impl Machine {
     /// Starts QEMU, streams the guest's console, and returns how the guest ended. Ctrl-C asks the guest to end, and ends
     /// the machine if it does not. Call it on the main thread: QEMU dies with the thread that started it.
     pub fn run(&self, spec: &RunSpec) -> Result<ExitStatus, Failure> {
-        let watch = Watch::start(spec, self.memory)?;
+        let watch = Watch::start(self.target(), spec, self.memory)?;
         let start = Instant::now();
         let mut command = self.command();
         command.args(watch.args());

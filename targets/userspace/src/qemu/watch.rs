@@ -1,9 +1,10 @@
-//! What is written down about a guest while it runs: a trace, frames.
+//! What is written down about a guest while it runs: a trace, a recording, frames.
 
 use super::channel::GuestMemory;
 use crate::link::Pcap;
+use crate::record::Recording;
 use crate::trace::Trace;
-use crate::{Failure, NetSpec, RunSpec};
+use crate::{Failure, NetSpec, RunSpec, replay};
 use std::fs::File;
 use std::io::BufReader;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,13 +15,14 @@ use std::thread::JoinHandle;
 #[derive(Default)]
 pub(super) struct Watch {
     trace: Option<Trace>,
+    recording: Option<Recording>,
     frames: Option<Frames>,
     args: Vec<String>,
 }
 
 impl Watch {
     /// Begins, before a guest with `memory` bytes starts.
-    pub(super) fn start(spec: &RunSpec, memory: u64) -> Result<Self, Failure> {
+    pub(super) fn start(target: &str, spec: &RunSpec, memory: u64) -> Result<Self, Failure> {
         let mut watch = Self::default();
         if let Some(path) = spec.pcap.as_ref().filter(|_| spec.net != NetSpec::None) {
             let frames = Frames::start(path)?;
@@ -33,6 +35,13 @@ impl Watch {
             let events = move || memory.find().and_then(|channel| channel.events());
             watch.trace = Some(Trace::follow(path, &spec.config.hostname, events)?);
         }
+        if let Some(path) = &spec.record {
+            let memory = GuestMemory::new(memory)?;
+            watch.args.extend(memory.args());
+            let header = replay::header(target, &spec.config);
+            let bytes = move || memory.find().and_then(|channel| channel.bytes());
+            watch.recording = Some(Recording::follow(path, &header, spec.record_limit, bytes)?);
+        }
         Ok(watch)
     }
 
@@ -44,7 +53,8 @@ impl Watch {
     /// The guest has ended.
     pub(super) fn finish(self) -> Result<(), Failure> {
         self.frames.map_or(Ok(()), Frames::finish)?;
-        self.trace.map_or(Ok(()), Trace::finish)
+        self.trace.map_or(Ok(()), Trace::finish)?;
+        self.recording.map_or(Ok(()), Recording::finish)
     }
 }
 

@@ -1,0 +1,259 @@
+//! Recordings, read back.
+
+use crate::record::{MAGIC, crc32};
+use anykernel::config::Config;
+use hypercall::layers::recorded::{Record, digest};
+use hypercall::{Call, ContractVersion};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// Raised when an old replayer would misunderstand a new recording.
+const FORMAT: u64 = 1;
+
+/// The contracts that a recording knows.
+const CONTRACTS: [ContractVersion; 7] = [
+    ContractVersion::CORE,
+    ContractVersion::DMA,
+    ContractVersion::MMIO,
+    ContractVersion::PCI,
+    ContractVersion::IRQ,
+    ContractVersion::BLOCK,
+    ContractVersion::LINK,
+];
+
+/// Why a recording cannot be replayed. Each is one line that says what to do.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecordingError {
+    /// The file cannot be read.
+    #[error("{0}: is the path right?")]
+    Io(String),
+    /// It begins otherwise.
+    #[error("it is not a recording: make one with `anykernel run APP --record FILE`")]
+    NotARecording,
+    /// Nothing in it is whole.
+    #[error("it is cut short before its first call: record again")]
+    Empty,
+    /// A chunk whose checksum is wrong, and the byte where it begins.
+    #[error("it is corrupt at byte {0}: copy it again from where it was recorded, or record again")]
+    Corrupt(usize),
+    /// Made by another version of this program.
+    #[error(
+        "it was made by another version ({what}: {theirs}, here {ours}): replay it with that one, or record again"
+    )]
+    OtherVersion {
+        /// Of what.
+        what: String,
+        /// The recording's.
+        theirs: String,
+        /// This program's.
+        ours: String,
+    },
+    /// It needs a component that this program does not have.
+    #[error("it needs the component {0}, which this build does not have: replay it with a build that has it")]
+    MissingComponent(String),
+    /// It is of an application that this program does not have.
+    #[error(
+        "it is of the application {0}, which this build does not have: replay it with a build that has it"
+    )]
+    MissingApplication(String),
+}
+
+/// What a recording is of.
+#[derive(Debug, Clone)]
+pub struct Header {
+    /// `userspace`, `rumprun` or `linux-module`.
+    pub target: String,
+    /// The domain's configuration, which names the application.
+    pub config: Config,
+    /// Whether this very program made it.
+    pub same_build: bool,
+}
+
+/// A recording in memory.
+#[derive(Debug)]
+pub struct RecordingFile {
+    /// What it is of.
+    pub header: Header,
+    /// Its records, as bytes; the last one may be cut.
+    pub records: Vec<u8>,
+    /// Whether the file ends in the middle of something.
+    pub cut: bool,
+}
+
+/// The components that a domain has on `target`.
+fn components(target: &str) -> &'static [&'static str] {
+    match target {
+        "rumprun" => &["virtio", "vfs", "net"],
+        "userspace" | "linux-module" => &["hostblk", "hostlink", "vfs", "net"],
+        _ => &[],
+    }
+}
+
+/// The names and numbers of calls, as one number.
+fn calls() -> String {
+    let names: Vec<&str> = Call::ALL.iter().map(|call| call.name()).collect();
+    format!("{:016x}", digest(names.join(" ").as_bytes()))
+}
+
+/// Which build of this program runs.
+fn build() -> String {
+    let program = std::fs::read("/proc/self/exe").unwrap_or_default();
+    format!("{}-{:016x}", env!("CARGO_PKG_VERSION"), digest(&program))
+}
+
+/// The header of a recording that is to be made.
+pub fn header(target: &str, config: &Config) -> Value {
+    let contracts: serde_json::Map<_, _> = CONTRACTS
+        .iter()
+        .map(|one| (one.name.into(), format!("{}.{}", one.major, one.minor).into()))
+        .collect();
+    json!({
+        "format": FORMAT,
+        "target": target,
+        "build": build(),
+        "calls": calls(),
+        "contracts": contracts,
+        "components": components(target),
+        "config": config.to_json(),
+    })
+}
+
+impl Header {
+    fn parse(bytes: &[u8]) -> Result<Self, RecordingError> {
+        let value: Value = serde_json::from_slice(bytes).map_err(|_| RecordingError::Corrupt(MAGIC.len()))?;
+        let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
+        let same = |what: &str, theirs: String, ours: String| match theirs == ours {
+            true => Ok(()),
+            false => Err(RecordingError::OtherVersion { what: what.into(), theirs, ours }),
+        };
+        same("format", value["format"].to_string(), FORMAT.to_string())?;
+        for contract in CONTRACTS {
+            let theirs = value["contracts"][contract.name].as_str().unwrap_or("none").to_owned();
+            same(
+                &format!("contract {}", contract.name),
+                theirs,
+                format!("{}.{}", contract.major, contract.minor),
+            )?;
+        }
+        same("table of calls", text("calls"), calls())?;
+        let target = text("target");
+        let known = components(&target);
+        if known.is_empty() {
+            return Err(RecordingError::MissingComponent(format!("target {target}")));
+        }
+        for component in value["components"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            if !known.contains(&component) {
+                return Err(RecordingError::MissingComponent(component.into()));
+            }
+        }
+        let config = Config::parse(&text("config")).map_err(|theirs| RecordingError::OtherVersion {
+            what: "configuration".into(),
+            theirs,
+            ours: "other keys".into(),
+        })?;
+        let app = config.app.first().cloned().unwrap_or_default();
+        if !crate::apps::APPS.iter().any(|(name, _)| *name == app) {
+            return Err(RecordingError::MissingApplication(app));
+        }
+        Ok(Self { target, config, same_build: text("build") == build() })
+    }
+}
+
+/// The chunk that begins at `at`, and where the next one does; `None` if it is cut.
+fn chunk(bytes: &[u8], at: usize) -> Result<Option<(&[u8], usize)>, RecordingError> {
+    let word = |at: usize| {
+        let word = bytes.get(at..at.checked_add(4)?)?.try_into().ok()?;
+        Some(u32::from_le_bytes(word))
+    };
+    let (Some(len), Some(crc)) = (word(at), word(at + 4)) else { return Ok(None) };
+    let Some(content) = (at + 8).checked_add(len as usize).and_then(|end| bytes.get(at + 8..end)) else {
+        return Ok(None);
+    };
+    if crc32(content) != crc {
+        return Err(RecordingError::Corrupt(at));
+    }
+    Ok(Some((content, at + 8 + content.len())))
+}
+
+impl RecordingFile {
+    /// Reads a file.
+    pub fn open(path: &Path) -> Result<Self, RecordingError> {
+        Self::parse(&std::fs::read(path).map_err(|error| RecordingError::Io(error.to_string()))?)
+    }
+
+    /// Reads what is in a file.
+    pub fn parse(bytes: &[u8]) -> Result<Self, RecordingError> {
+        if !bytes.starts_with(MAGIC) {
+            return Err(RecordingError::NotARecording);
+        }
+        let (header, mut at) = chunk(bytes, MAGIC.len())?.ok_or(RecordingError::Empty)?;
+        let header = Header::parse(header)?;
+        let mut records = Vec::new();
+        while let Some((content, next)) = chunk(bytes, at)? {
+            records.extend_from_slice(content);
+            at = next;
+        }
+        if Record::take(&mut &records[..]).is_none() {
+            return Err(RecordingError::Empty);
+        }
+        Ok(Self { header, records, cut: at != bytes.len() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::Recording;
+
+    fn file(header: &Value) -> Vec<u8> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (recording, ring) = Recording::start(file.path(), header, 1 << 20).unwrap();
+        // One call of thread 0, without numbers and bytes.
+        assert!(ring.write(&[0, 0, 0, 0, 0], || false));
+        recording.finish().unwrap();
+        std::fs::read(file.path()).unwrap()
+    }
+
+    fn config() -> Config {
+        Config { app: vec!["httpd".into()], ..Config::default() }
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let bytes = file(&header("rumprun", &config()));
+        let read = RecordingFile::parse(&bytes).unwrap();
+        assert_eq!((read.header.target.as_str(), read.cut, read.header.same_build), ("rumprun", false, true));
+        assert_eq!(read.records, [0; 5]);
+        assert!(RecordingFile::parse(&[&bytes[..], &[1, 2, 3]].concat()).unwrap().cut);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_one_line() {
+        let bytes = file(&header("rumprun", &config()));
+        let error = |bytes: &[u8]| RecordingFile::parse(bytes).unwrap_err();
+        assert_eq!(error(b"PK"), RecordingError::NotARecording);
+        assert_eq!(error(&bytes[..bytes.len() - 1]), RecordingError::Empty);
+        for at in (16..bytes.len()).step_by(7) {
+            let mut wrong = bytes.clone();
+            wrong[at] ^= 0x10;
+            let error = error(&wrong);
+            assert!(matches!(error, RecordingError::Corrupt(_) | RecordingError::Empty), "{at}: {error}");
+        }
+        let with = |key: &str, value: Value| {
+            let mut header = header("rumprun", &config());
+            header[key] = value;
+            error(&file(&header))
+        };
+        assert!(matches!(with("format", 2.into()), RecordingError::OtherVersion { .. }));
+        assert!(matches!(with("contracts", json!({ "core": "9.0" })), RecordingError::OtherVersion { .. }));
+        assert_eq!(with("components", json!(["nvme"])), RecordingError::MissingComponent("nvme".into()));
+        let other = Config { app: vec!["other".into()], ..Config::default() };
+        assert_eq!(
+            with("config", other.to_json().into()),
+            RecordingError::MissingApplication("other".into())
+        );
+        for line in [with("format", 2.into()).to_string(), error(b"").to_string()] {
+            assert_eq!(line.lines().count(), 1);
+        }
+    }
+}
