@@ -1,6 +1,7 @@
-//! What a person sees of a running domain, on every target: traces and frames. Needs what booting the targets needs, and
-//! tshark (Debian: apt-get install tshark).
+//! What a person sees of a running domain, on every target: traces, frames, and recordings that run again in a process. Needs
+//! what booting the targets needs, curl, and tshark (Debian: apt-get install tshark).
 
+use anykernel_tests::{Running, anykernel, free_port, line};
 use anykernel_userspace::runner::{self, Target};
 use anykernel_userspace::{NetSpec, RunSpec, gateway};
 use hypercall::ExitStatus;
@@ -8,6 +9,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 /// The application `selftest`: it calls the whole core contract and sends packets to itself and its neighbour, then ends.
 fn selftest(trace: &Path, frames: &Path) -> RunSpec {
@@ -67,4 +69,46 @@ fn traces_of_rumprun() {
 #[test]
 fn traces_of_linux_module() {
     is_traced(Target::LinuxModule, &["net.park", "kernel.spawn", "hostlink.link_receive"]);
+}
+
+const SITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../targets/userspace/demo/site.ext4");
+
+/// Serves real clients, recorded, and runs the recording twice.
+fn is_replayed(target: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, port) = (dir.path().join("recording"), free_port());
+    let mut command = Command::new(anykernel());
+    command.args(["run", "httpd", "--json", "--on", target, "--cpus", "2", "--disk", SITE, "--record"]);
+    command.arg(&file).args(["--publish", &format!("{port}:80")]);
+    let (mut server, mut stdout) = Running::start(&mut command);
+    line(&mut stdout, |line| line.contains("\"publish\"").then_some(()));
+    let url = format!("http://127.0.0.1:{port}/docs/contract.txt");
+    let curl = Command::new("curl")
+        .args(["-sS", "--fail", "--parallel", "--max-time", "60"])
+        .args((0..8).flat_map(|_| [url.as_str(), "-o", "/dev/null"]))
+        .status();
+    assert!(curl.expect("curl (Debian: apt-get install curl)").success());
+    server.interrupt();
+    assert!(server.end(Duration::from_secs(60)).success());
+    let replay = || -> Value {
+        let output =
+            Command::new("timeout").arg("60").arg(anykernel()).args(["replay", "--json"]).arg(&file).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{target}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let first = replay();
+    assert_eq!(first["end"], "complete", "{target}");
+    assert!(first["calls"].as_u64().unwrap() > 1000, "{target}: {first}");
+    assert_eq!(first, replay(), "{target}: twice the same hash");
+}
+
+#[test]
+fn recordings_of_rumprun_replay_in_a_process() {
+    is_replayed("rumprun");
+}
+
+#[test]
+fn recordings_of_linux_module_replay_in_a_process() {
+    is_replayed("linux-module");
 }

@@ -23,6 +23,9 @@ mod chosen {
 
     /// The first thread leaves the domain.
     pub(crate) fn leave(_host: &Domain) {}
+
+    /// Frees what the layer holds, when nobody uses it any more.
+    pub(crate) fn give_back(_host: Domain) {}
 }
 
 #[cfg(any(feature = "trace", feature = "record"))]
@@ -58,6 +61,9 @@ mod chosen {
 
     /// The first thread leaves the domain.
     pub(crate) fn leave(_host: &Domain) {}
+
+    /// Frees what the layer holds, when nobody uses it any more.
+    pub(crate) fn give_back(_host: Domain) {}
 }
 
 #[cfg(all(feature = "record", not(feature = "trace")))]
@@ -88,6 +94,13 @@ mod chosen {
     pub(crate) fn leave(host: &Domain) {
         host.leave();
     }
+
+    /// Frees what the layer holds, when nobody uses it any more.
+    #[expect(unsafe_code, reason = "takes back what `host` leaked")]
+    pub(crate) fn give_back(host: Domain) {
+        // SAFETY: `host` made it from a box; all threads are joined and the kernel is gone, so no handle is left but this.
+        drop(unsafe { Box::from_raw(core::ptr::from_ref(host.recorder()).cast_mut()) });
+    }
 }
 
 /// Gives whoever reads a channel time for the rest: its memory is about to go.
@@ -100,4 +113,4 @@ pub(crate) fn finish(channel: Channel) {
     channel.close();
 }
 
-pub(crate) use chosen::{Domain, host, leave, outside};
+pub(crate) use chosen::{Domain, give_back, host, leave, outside};

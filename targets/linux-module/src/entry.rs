@@ -112,7 +112,11 @@ impl Running {
             let _ = self.kernel.host().join(app);
         }
         self.kernel.shutdown();
-        domain::leave(&self.kernel.host());
+        let host = self.kernel.host();
+        domain::leave(&host);
+        // Nothing uses the host any more.
+        drop(self.kernel);
+        domain::give_back(host);
         if let Some(channel) = self.channel {
             domain::finish(channel);
         }
@@ -164,6 +168,7 @@ fn start() -> Result<Running, String> {
             Ok(domain)
         }
         Err(line) => {
+            drop(kernel);
             domain.end();
             Err(line)
         }

@@ -48,6 +48,11 @@ impl<H: Threads + Clock> Recorded<H> {
         Self { host, recorder }
     }
 
+    /// Where it writes.
+    pub fn recorder(&self) -> &'static Recorder {
+        self.recorder
+    }
+
     fn note(&self, call: Call, arguments: &[u64], results: &[u64], data: &[u8]) {
         self.recorder.write(&self.host, Event::Call(call), arguments, results, data);
     }

@@ -131,6 +131,11 @@ fn take_list(bytes: &mut &[u8]) -> Option<Vec<u64>> {
 }
 
 impl Record {
+    /// Appends it to `out`.
+    pub fn put(&self, out: &mut Vec<u8>) {
+        put(out, self.event, self.thread, &self.arguments, &self.results, &self.data);
+    }
+
     /// Takes the first record off `bytes`; `None` if there is no whole one that makes sense, and then nothing is taken.
     pub fn take(bytes: &mut &[u8]) -> Option<Self> {
         let mut rest = *bytes;

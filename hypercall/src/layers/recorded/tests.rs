@@ -1,13 +1,14 @@
 use super::*;
 use crate::testing::TestHost;
-use crate::{Call, Clock, ParkResult, ThreadSpec, Threads, conformance};
+use crate::{Clock, HostLink, Memory, Result, ThreadSpec, Threads};
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
+use std::collections::BTreeSet;
 
-fn recorder() -> (&'static Recorder, ByteRing) {
-    let ring = ByteRing::new(32 << 20).unwrap();
-    (Box::leak(Box::new(Recorder::new(ring))), ring)
+fn recorded(host: TestHost) -> (Recorded<TestHost>, ByteRing) {
+    let ring = ByteRing::new(4 << 20).unwrap();
+    (Recorded::new(host, Box::leak(Box::new(Recorder::new(ring)))), ring)
 }
 
 fn records(ring: ByteRing) -> Vec<Record> {
@@ -17,4 +18,172 @@ fn records(ring: ByteRing) -> Vec<Record> {
     let records = core::iter::from_fn(|| Record::take(&mut rest)).collect();
     assert!(rest.is_empty(), "{} bytes are no record", rest.len());
     records
+}
+
+#[test]
+fn a_call_is_written_with_all_that_it_was_told() {
+    let host = TestHost::new();
+    let disk = host.add_disk(vec![7; 8192], 512, false);
+    let (recorded, ring) = recorded(host);
+    let mut sector = [0; 512];
+    crate::HostBlock::disk_read(&recorded, disk, 3, &mut sector).unwrap();
+    assert!(recorded.alloc_pages(0).is_err());
+    let now = recorded.monotonic_ns();
+    let [read, pages, time] = &records(ring)[..] else { panic!("three records") };
+    assert_eq!(
+        (read.event.name(), &read.arguments[1..], read.data.as_slice()),
+        ("disk_read", &[3, 512][..], &[7; 512][..])
+    );
+    assert_eq!(outcome_of(pages.results[0]), Some(Err(crate::Error::Invalid)));
+    assert_eq!((time.event.name(), time.results.as_slice()), ("monotonic_ns", &[now][..]));
+}
+
+/// The law on which a replay rests.
+#[test]
+fn another_thread_goes_on_only_where_one_sleeps() {
+    let (host, ring) = recorded(TestHost::new());
+    let spawn = |rounds: usize| -> Result<_> {
+        let body = move || {
+            for _ in 0..rounds {
+                host.monotonic_ns();
+                host.memory_bytes();
+                host.yield_now();
+            }
+        };
+        host.spawn(ThreadSpec { name: "t", cpu: None }, Box::new(body))
+    };
+    let threads: Vec<_> = (0..4).map(|n| spawn(50 + n).unwrap()).collect();
+    threads.into_iter().for_each(|thread| host.join(thread).unwrap());
+    let entered = std::thread::spawn(move || host.enter(ENTER_STOP, || host.yield_now()));
+    host.outside(|_| {
+        entered.join().unwrap();
+        9
+    });
+    host.leave();
+    let records = records(ring);
+    let sleeps = |event| match event {
+        Event::Call(call) => call.blocks(),
+        Event::Begin | Event::Enter | Event::Outside => true,
+        _ => false,
+    };
+    let mut running = Some(0);
+    for record in &records {
+        // What blocks was begun earlier: its record is where the thread goes on.
+        assert!(
+            running == Some(record.thread) || sleeps(record.event) || record.event == Event::Raise,
+            "{record:?}"
+        );
+        running = match record.event {
+            Event::End | Event::Leave => None,
+            _ => Some(record.thread),
+        };
+    }
+    let threads: BTreeSet<u32> = records.iter().map(|record| record.thread).collect();
+    assert_eq!(threads.len(), 6);
+    assert_eq!(
+        records.iter().filter(|record| record.event == Event::Outside && record.results == [9]).count(),
+        1
+    );
+}
+
+#[test]
+fn what_the_host_raises_comes_as_a_record_where_a_thread_sleeps() {
+    let host = TestHost::new();
+    let (a, b) = host.add_link_pair();
+    let (recorded, ring) = recorded(host);
+    let signal = Arc::new(Signal::new());
+    recorded.link_open(a, signal.clone()).unwrap();
+    host.link_open(b, Arc::new(Signal::new())).unwrap();
+    host.link_send(b, &[0x5a; 60]).unwrap();
+    assert_eq!(signal.count(), 0, "nothing reaches a component between its calls");
+    assert!(signal.wait(&recorded, 0, None));
+    assert_eq!(signal.count(), 1);
+    let mut frame = [0; 2000];
+    assert_eq!(recorded.link_receive(a, &mut frame), Ok(60));
+    let kinds: Vec<&str> = records(ring).iter().map(|record| record.event.name()).collect();
+    assert_eq!(kinds, ["link_open", "raise", "park", "link_receive"]);
+    // A component may raise it, too.
+    signal.raise(&recorded);
+    assert!(signal.wait(&recorded, 1, None));
+    recorded.link_close(a);
+    assert_eq!(Arc::strong_count(&signal), 1, "it was given back");
+}
+
+/// A thread that already sleeps is woken by the host, and by other threads.
+#[test]
+fn sleepers_wake() {
+    let host = TestHost::new();
+    let (a, b) = host.add_link_pair();
+    let (recorded, _) = recorded(host);
+    let signal = Arc::new(Signal::new());
+    recorded.link_open(a, signal.clone()).unwrap();
+    host.link_open(b, Arc::new(Signal::new())).unwrap();
+    let waiter = signal.clone();
+    let body = move || {
+        assert!(waiter.wait(&recorded, 0, None));
+        assert!(waiter.wait(&recorded, 1, None));
+    };
+    let thread = recorded.spawn(ThreadSpec { name: "t", cpu: None }, Box::new(body)).unwrap();
+    let pause = || std::thread::sleep(core::time::Duration::from_millis(20));
+    recorded.outside(|_| {
+        pause();
+        host.link_send(b, &[0x5a; 60]).unwrap();
+        pause();
+        0
+    });
+    signal.raise(&recorded);
+    recorded.join(thread).unwrap();
+}
+
+#[test]
+fn a_ring_that_nobody_reads_ends_the_recording_and_not_the_domain() {
+    let ring = ByteRing::new(256).unwrap();
+    let host = TestHost::with_virtual_time();
+    let recorder: &'static Recorder = Box::leak(Box::new(Recorder::new(ring)));
+    let recorded = Recorded::new(host, recorder);
+    // The test host's clock is virtual: somebody must move it.
+    let mover = std::thread::spawn(move || {
+        while !recorder.given_up() {
+            host.advance(1_000_000_000);
+            std::thread::yield_now();
+        }
+    });
+    for _ in 0..1000 {
+        recorded.memory_bytes();
+    }
+    mover.join().unwrap();
+    assert!(recorder.given_up());
+}
+
+#[test]
+fn records_are_read_as_written() {
+    let mut state = 1u64;
+    let mut random = move || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        state >> 11
+    };
+    for _ in 0..2000 {
+        let some = |random: &mut dyn FnMut() -> u64| -> Vec<u64> {
+            (0..random() % 5).map(|_| random() >> (random() % 53)).collect()
+        };
+        let record = Record {
+            event: Event::Call(crate::Call::ALL[random() as usize % crate::Call::ALL.len()]),
+            thread: random() as u32,
+            arguments: some(&mut random),
+            results: some(&mut random),
+            data: (0..random() % 40).map(|n| n as u8).collect(),
+        };
+        let mut bytes = Vec::new();
+        record.put(&mut bytes);
+        let mut rest = &bytes[..];
+        assert_eq!(Record::take(&mut rest), Some(record));
+        assert!(rest.is_empty());
+        for len in 0..bytes.len() {
+            assert_eq!(Record::take(&mut &bytes[..len]), None, "cut to {len}");
+        }
+        // Whatever is read: no panic, and no more memory than there are bytes.
+        let at = random() as usize % bytes.len();
+        bytes[at] ^= 1 << (random() % 8);
+        let _ = Record::take(&mut &bytes[..]);
+    }
 }

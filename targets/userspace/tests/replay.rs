@@ -1,0 +1,127 @@
+//! `--record` and `replay`, by the command itself.
+
+use anykernel_userspace::record::Recording;
+use anykernel_userspace::replay::{RecordingFile, header};
+use assert_cmd::Command;
+use hypercall::layers::recorded::Record;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+const SITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/site.ext4");
+
+/// Records a server that serves a page to a few clients, and is stopped by Ctrl-C.
+fn record(dir: &Path) -> PathBuf {
+    let file = dir.join("recording");
+    let mut server = std::process::Command::new(env!("CARGO_BIN_EXE_anykernel"))
+        .args(["run", "httpd", "--json", "--cpus", "2", "--publish", "0:80", "--disk", SITE, "--record"])
+        .arg(&file)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
+    let published = lines
+        .find_map(|line| {
+            let event: serde_json::Value = serde_json::from_str(&line.unwrap()).unwrap();
+            (event["event"] == "publish").then(|| event["host"].as_str().unwrap().to_owned())
+        })
+        .expect("a publish event");
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let address = published.clone();
+            std::thread::spawn(move || {
+                let mut stream = TcpStream::connect(address).unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+                write!(stream, "GET /docs/contract.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                    .unwrap();
+                let mut answer = Vec::new();
+                stream.read_to_end(&mut answer).unwrap();
+                assert!(answer.starts_with(b"HTTP/1.1 200"));
+            })
+        })
+        .collect();
+    clients.into_iter().for_each(|client| client.join().unwrap());
+    let kill = std::process::Command::new("kill").args(["-INT", &server.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    assert!(server.wait().unwrap().success());
+    file
+}
+
+/// What `replay` says, as JSON, and on standard error.
+fn replay(file: &Path, more: &[&str]) -> (serde_json::Value, String) {
+    let mut command = Command::cargo_bin("anykernel").unwrap();
+    let output =
+        command.arg("replay").arg(file).arg("--json").args(more).timeout(Duration::from_secs(60)).output();
+    let output = output.unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    assert_eq!(output.status.success(), value["why"].is_null() && !value.is_null(), "{value} {said}");
+    (value, said)
+}
+
+/// The recording with other records.
+fn rewrite(file: &Path, change: impl FnOnce(&mut Vec<Record>)) {
+    let recording = RecordingFile::open(file).unwrap();
+    let mut rest = &recording.records[..];
+    let mut records: Vec<Record> = std::iter::from_fn(|| Record::take(&mut rest)).collect();
+    change(&mut records);
+    let mut bytes = Vec::new();
+    records.iter().for_each(|record| record.put(&mut bytes));
+    let header = header(&recording.header.target, &recording.header.config);
+    let (writer, ring) = Recording::start(file, &header, 1 << 30).unwrap();
+    assert!(ring.write(&bytes, || {
+        std::thread::yield_now();
+        true
+    }));
+    writer.finish().unwrap();
+}
+
+#[test]
+fn a_recording_replays_to_the_same_state_and_says_where_it_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = record(dir.path());
+    let (whole, said) = replay(&file, &[]);
+    assert_eq!((whole["end"].as_str(), said.as_str()), (Some("complete"), ""));
+    let calls = whole["calls"].as_u64().unwrap();
+    assert!(calls > 500, "{whole}");
+    assert_eq!(replay(&file, &[]).0, whole, "twice the same");
+
+    let (part, _) = replay(&file, &["--until", "300"]);
+    assert_eq!((part["end"].as_str(), part["calls"].as_u64()), (Some("reached"), Some(300)));
+    assert_ne!(part["hash"], whole["hash"]);
+
+    // The file as a crash of the host may leave it.
+    let bytes = std::fs::read(&file).unwrap();
+    let cut = dir.path().join("cut");
+    std::fs::write(&cut, &bytes[..bytes.len() - 5]).unwrap();
+    let (value, said) = replay(&cut, &[]);
+    assert_eq!(value["end"], "complete");
+    assert!(
+        value["calls"].as_u64().unwrap() <= calls && said.contains("middle of a chunk"),
+        "{value} {said}"
+    );
+
+    // A component that does something else: here, one that is told to have done so.
+    let other = dir.path().join("other");
+    std::fs::copy(&file, &other).unwrap();
+    let mut changed = 0;
+    rewrite(&other, |records| {
+        changed = (200..).find(|at| !records[*at].arguments.is_empty()).unwrap();
+        records[changed].arguments[0] ^= 1;
+    });
+    let (value, said) = replay(&other, &[]);
+    assert_eq!((value["end"].as_str(), value["calls"].as_u64()), (Some("diverged"), Some(changed as u64)));
+    assert!(said.contains(&format!("diverged at call {}: recorded is ", changed + 1)), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+
+    let corrupt = dir.path().join("corrupt");
+    let mut wrong = bytes.clone();
+    wrong[bytes.len() / 2] ^= 1;
+    std::fs::write(&corrupt, wrong).unwrap();
+    let (_, said) = replay(&corrupt, &[]);
+    assert!(said.contains("is corrupt at byte"), "{said}");
+    let (_, said) = replay(Path::new(SITE), &[]);
+    assert!(said.contains("is not a recording"), "{said}");
+}
