@@ -18,6 +18,8 @@ pub struct BlockInfo {
     pub read_only: bool,
     /// Most bytes one request may carry; a multiple of `sector_size`.
     pub max_request_bytes: usize,
+    /// Most buffers one request may have, at least 1. `usize::MAX`: any number.
+    pub max_buffers: usize,
     /// How many requests the device can have in flight.
     pub queue_depth: usize,
     /// Whether there is a volatile cache, so that [`Op::Flush`] matters.

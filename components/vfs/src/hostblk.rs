@@ -72,6 +72,7 @@ pub fn register<H: Host + HostBlock>(kernel: &Arc<Kernel<H>>) -> Result<(), Star
                 sectors: info.sectors,
                 read_only: info.read_only,
                 max_request_bytes: MAX_REQUEST_BYTES,
+                max_buffers: usize::MAX,
                 queue_depth: QUEUE_DEPTH,
                 needs_flush: !info.read_only,
             },

@@ -45,6 +45,7 @@ impl MemoryDisk {
             sectors: 0,
             read_only: false,
             max_request_bytes: 256 << 10,
+            max_buffers: usize::MAX,
             queue_depth: 16,
             needs_flush: true,
         };

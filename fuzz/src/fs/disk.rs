@@ -68,6 +68,7 @@ impl Overlay {
             sectors: (base.len() / SECTOR) as u64,
             read_only,
             max_request_bytes: 64 << 10,
+            max_buffers: usize::MAX,
             queue_depth: 16,
             needs_flush: true,
         };

@@ -19,7 +19,7 @@ impl Batch {
     pub(super) fn add(&mut self, page: u64, memory: Box<[u8]>, info: &BlockInfo) -> Option<Self> {
         let fits = self.next_page == page
             && self.bytes + memory.len() <= info.max_request_bytes
-            && self.buffers.len() < MAX_REQUEST_BUFFERS;
+            && self.buffers.len() < info.max_buffers.min(MAX_REQUEST_BUFFERS);
         let full = if fits { None } else { self.take() };
         if self.buffers.is_empty() {
             self.first_page = page;

@@ -42,7 +42,7 @@ pub const PAGE: usize = 4096;
 
 /// Most pages of a cluster; their bits fit `u16`.
 const MAX_CLUSTER_PAGES: usize = 16;
-/// Most buffers of one request: what a driver can put into one descriptor chain everywhere.
+/// Most buffers of one request, however many the device takes.
 const MAX_REQUEST_BUFFERS: usize = 32;
 
 /// How large the cache may grow.

@@ -22,6 +22,7 @@ impl Image {
             sectors: content.len() as u64 / 512,
             read_only: true,
             max_request_bytes: 128 << 10,
+            max_buffers: usize::MAX,
             queue_depth: 16,
             needs_flush: false,
         };

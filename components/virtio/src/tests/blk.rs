@@ -192,6 +192,23 @@ fn respects_segment_limits() {
     shut_down(machine, &kernel);
 }
 
+/// Without VIRTIO_BLK_F_SEG_MAX a request has one segment, but that may be long.
+#[test]
+fn one_segment_carries_a_large_buffer() {
+    let mut model = BlkModel::new(image());
+    model.features &= !(1 << 2);
+    let (machine, handle, kernel, disk) = on_mmio(model, MmioOptions::default());
+    let info = disk.info().clone();
+    assert_eq!((info.max_buffers, info.max_request_bytes), (1, 1 << 20));
+    let got = transfer(machine, &*disk, Op::Read, 0, zeroed(&[64 << 10])).unwrap();
+    assert_eq!(got.concat(), image()[..64 << 10]);
+    let two = transfer(machine, &*disk, Op::Read, 0, zeroed(&[4096, 4096]));
+    assert_eq!(two.err(), Some(BlockError::Invalid));
+    handle.with(|model| assert_eq!((model.most_segments, model.longest_segment), (1, 64 << 10)));
+    drop(disk);
+    shut_down(machine, &kernel);
+}
+
 #[test]
 fn counts_in_blocks_of_4096_bytes() {
     let mut model = BlkModel::new(image());

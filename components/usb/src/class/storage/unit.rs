@@ -291,6 +291,7 @@ impl<H: Host> Storage<H> {
             sectors: capacity.sectors,
             read_only,
             max_request_bytes: limit - limit % PAGE,
+            max_buffers: usize::MAX,
             queue_depth: 1,
             needs_flush: !read_only,
         };

@@ -34,6 +34,7 @@ impl Recorder {
             sectors: (content.len() / SECTOR) as u64,
             read_only: false,
             max_request_bytes: 128 << 10,
+            max_buffers: usize::MAX,
             queue_depth: 8,
             needs_flush: true,
         };
