@@ -1,5 +1,6 @@
 //! Guest instructions from the first one to the application's main, with one NIC and one disk attached; and to the first
-//! process of a Debian guest. Counted by QEMU (`-icount shift=0`: one instruction is one nanosecond of guest time).
+//! process of a Debian guest. Counted by QEMU (`-icount shift=0`: one instruction is one nanosecond of guest time). Guest
+//! time also passes while everything waits for the host's disk, so the least of some runs is the count.
 
 use super::guest::Guest;
 use super::{Result, linux, net};
@@ -11,7 +12,11 @@ use std::path::Path;
 use std::time::Duration;
 
 const COUNT: [&str; 6] = ["-accel", "tcg", "-icount", "shift=0,sleep=off", "-cpu", "max"];
-const RUNS: usize = 3;
+const RUNS: usize = 5;
+
+fn least(counts: &[f64]) -> f64 {
+    counts.iter().copied().fold(f64::INFINITY, f64::min)
+}
 
 /// Runs it.
 pub fn bench(programs: &Path, dir: &Path) -> Result {
@@ -56,10 +61,11 @@ pub fn bench(programs: &Path, dir: &Path) -> Result {
                 ("boot", format!("first instruction to main, {name}"), "rumprun"),
                 "instructions",
                 Better::Lower,
-                &ours,
-                ("Debian 6.1 to its first process, q35", &theirs),
+                &[least(&ours)],
+                ("Debian 6.1 to its first process, q35", &[least(&theirs)]),
             )
-            .at_most(1.5e6),
+            .at_most(1.5e6)
+            .note(format!("the least of {RUNS} runs")),
         );
     }
     Ok(records)
