@@ -6,6 +6,7 @@ pub mod guest;
 pub mod image;
 pub mod linux;
 pub mod net;
+pub mod sim;
 pub mod vfs;
 
 use crate::record::Record;

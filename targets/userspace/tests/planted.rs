@@ -71,7 +71,7 @@ fn every_planted_bug_is_found() {
     let list = include_str!("../../../docs/planted-bugs.md");
     let mut missed = Vec::new();
     for Plant { name, finding, tries, search } in PLANTS {
-        assert!(list.contains(&format!("| {name} |")), "{name} is not in docs/planted-bugs.md");
+        assert!(list.contains(&format!("| `{name}` |")), "{name} is not in docs/planted-bugs.md");
         hypercall::planted::grow("");
         for try_ in 0..tries.min(3) {
             let report = search(try_);

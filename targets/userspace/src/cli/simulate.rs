@@ -89,6 +89,8 @@ impl Simulate {
         if self.list {
             return self.show_list();
         }
+        // Nodes fail on purpose, and say so thousands of times.
+        log::set_max_level(log::LevelFilter::Off);
         let (options, file) = self.options()?;
         // Seen before hundreds of threads find it out.
         if !SCENARIOS.iter().any(|(name, ..)| *name == options.scenario) {
