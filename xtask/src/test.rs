@@ -6,8 +6,18 @@ use module_build::toolchain::{Need, TARGET, Toolchain};
 use std::time::Instant;
 
 /// Crates that are components or below: they must build for a machine without an operating system.
-const BARE: [&str; 7] =
-    ["hypercall", "anykernel", "anykernel-net", "anykernel-vfs", "anykernel-virtio", "httpd", "selftest"];
+const BARE: [&str; 10] = [
+    "hypercall",
+    "anykernel",
+    "anykernel-net",
+    "anykernel-usb",
+    "anykernel-vfs",
+    "anykernel-virtio",
+    "anykernel-xhci",
+    "httpd",
+    "selftest",
+    "usb-app",
+];
 
 /// Installs, checks, tests and boots.
 pub(crate) fn run(filter: Option<&str>) -> Result {

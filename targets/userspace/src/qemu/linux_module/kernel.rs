@@ -42,6 +42,44 @@ pub fn find(series: &str, store: &Path) -> Result<GuestKernel, Failure> {
     }
 }
 
+/// Debian's kernel for all machines, with its drivers for USB.
+#[derive(Debug)]
+pub struct GenericKernel {
+    /// What boots.
+    pub image: PathBuf,
+    /// Holds `drivers/...`.
+    pub modules: PathBuf,
+}
+
+/// The newest generic kernel of `series`, unpacked below `store`.
+pub fn find_generic(series: &str, store: &Path) -> Result<GenericKernel, Failure> {
+    let is_one = |release: &str| {
+        release.starts_with(&format!("{series}."))
+            && release.strip_suffix("-amd64").is_some_and(|rest| !rest.ends_with(char::is_alphabetic))
+    };
+    let names = fs::read_dir(store).into_iter().flatten().flatten();
+    let unpacked = names.filter_map(|entry| entry.file_name().into_string().ok());
+    let unpacked = unpacked
+        .filter(|name| is_one(name) && store.join(name).join(format!("boot/vmlinuz-{name}")).is_file());
+    let known = || {
+        let images = depends("linux-image-amd64").into_iter();
+        images
+            .filter_map(|name| Some(name.strip_prefix("linux-image-")?.to_owned()))
+            .find(|name| is_one(name))
+    };
+    let Some(release) = unpacked.max().or_else(known) else {
+        return Err(Failure::new(format!(
+            "no Debian kernel {series} is known here: on Debian 12 run `apt-get update` as root"
+        )));
+    };
+    let root = store.join(&release);
+    let image = root.join(format!("boot/vmlinuz-{release}"));
+    if !image.is_file() {
+        unpack(&[format!("linux-image-{release}")], &root)?;
+    }
+    Ok(GenericKernel { image, modules: root.join(format!("lib/modules/{release}/kernel")) })
+}
+
 fn complete(release: &str, store: &Path) -> Result<GuestKernel, Failure> {
     let root = store.join(release);
     let installed = (
