@@ -5,7 +5,8 @@
 use super::guest::Guest;
 use super::{Result, linux, net};
 use crate::record::{Better, Record};
-use anykernel_userspace::qemu::rumprun;
+use anykernel_userspace::qemu::{Machine, rumprun};
+use anykernel_userspace::{DiskSpec, NetSpec, RunSpec};
 use serde_json::json;
 use std::fs;
 use std::path::Path;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 const COUNT: [&str; 6] = ["-accel", "tcg", "-icount", "shift=0,sleep=off", "-cpu", "max"];
 const RUNS: usize = 5;
+const MEMORY: u64 = 256 << 20;
 
 fn least(counts: &[f64]) -> f64 {
     counts.iter().copied().fold(f64::INFINITY, f64::min)
@@ -21,7 +23,7 @@ fn least(counts: &[f64]) -> f64 {
 /// Runs it.
 pub fn bench(programs: &Path, dir: &Path) -> Result {
     let image = rumprun::image("httpd").map_err(|failure| failure.to_string())?;
-    let drive = format!("if=none,id=disk0,format=raw,readonly=on,file={}", net::disk(dir)?.display());
+    let disk = net::disk(dir)?;
     let config = dir.join("boot.json");
     let mount = json!({"source": "disk0", "target": "/", "read_only": true});
     let text = json!({"app": ["httpd"], "log": "debug", "mounts": [mount]});
@@ -29,28 +31,26 @@ pub fn bench(programs: &Path, dir: &Path) -> Result {
     let peer = linux::prepare(dir, "10.0.2.15/24", &programs.join("netpeer"), &net::pages())?;
 
     let mut records = Vec::new();
-    let microvm = "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off,auto-kernel-cmdline=on";
-    for (machine, kind) in [(microvm, "device"), ("q35", "pci")] {
-        let name = machine.split(',').next().unwrap_or(machine);
+    let spec = |disks| RunSpec { disks, net: NetSpec::User, ..RunSpec::new(Default::default()) };
+    for name in ["microvm", "q35"] {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..RUNS {
-            let (blk, nic) =
-                (format!("virtio-blk-{kind},drive=disk0"), format!("virtio-net-{kind},netdev=net0"));
-            let mut args =
-                vec!["-M", machine, "-smp", "1", "-m", "128M", "-netdev", "user,id=net0", "-drive", &drive];
-            args.extend(COUNT);
-            args.extend(["-device", &blk, "-device", &nic, "-global", "virtio-mmio.force-legacy=false"]);
-            let guest = Guest::start(&args, &image, &config)?;
+            let spec_ours = spec(vec![DiskSpec { path: disk.clone(), writable: false }]);
+            let mut machine = match name {
+                "q35" => Machine::q35("httpd", &spec_ours, MEMORY),
+                _ => Machine::microvm("httpd", &spec_ours, MEMORY),
+            };
+            machine.accelerator(COUNT).kernel(&image).arg("-initrd").arg(&config);
+            let guest = Guest::start(&machine)?;
             let count = guest.line(Duration::from_secs(60), |line| {
                 let (before, _) = line.split_once(" ticks from the first instruction to main")?;
                 before.rsplit(' ').next()?.parse::<f64>().ok()
             });
             ours.push(count.ok_or_else(|| format!("the unikernel on {name} printed no count"))?);
 
-            let mut args = vec!["-M", "q35", "-smp", "1", "-m", "256M", "-netdev", "user,id=net0"];
-            args.extend(COUNT);
-            args.extend(["-device", "virtio-net-pci,netdev=net0", "-append", "quiet console=ttyS0"]);
-            let guest = Guest::start(&args, &peer.kernel, &peer.initrd)?;
+            let mut machine = Machine::q35("Debian", &spec(Vec::new()), MEMORY);
+            machine.accelerator(COUNT).kernel(&peer.kernel).arg("-initrd").arg(&peer.initrd);
+            let guest = Guest::start(machine.args(["-append", "quiet console=ttyS0"]))?;
             let seconds = guest.line(Duration::from_secs(300), |line| {
                 line.strip_prefix("uptime ")?.split(' ').next()?.parse::<f64>().ok()
             });

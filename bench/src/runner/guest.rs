@@ -1,9 +1,9 @@
-//! A guest under measurement: QEMU with given arguments, ended when dropped.
+//! A guest under measurement: the machine that users run, ended when dropped.
 
 use super::Result;
+use anykernel_userspace::qemu::Machine;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -22,19 +22,9 @@ impl Drop for Guest {
 }
 
 impl Guest {
-    /// Starts QEMU without defaults, with a serial console that [`Guest::line`] reads.
-    pub fn start(args: &[&str], kernel: &Path, initrd: &Path) -> Result<Self> {
-        let mut command = Command::new("qemu-system-x86_64");
-        command.args([
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-            "-serial",
-            "stdio",
-        ]);
-        command.args(args).arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
+    /// Starts QEMU, with a serial console that [`Guest::line`] reads.
+    pub fn start(machine: &Machine) -> Result<Self> {
+        let mut command = machine.command();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().map_err(|error| format!("qemu-system-x86_64: {error}"))?;
         let output = child.stdout.take().ok_or("no console")?;

@@ -3,16 +3,16 @@
 use super::guest::{Guest, answers, free_port};
 use super::{Result, linux, net};
 use crate::record::{Better, Record};
-use anykernel_userspace::qemu::{Accelerator, rumprun};
+use anykernel_userspace::qemu::{Machine, rumprun};
+use anykernel_userspace::{DiskSpec, NetSpec, Publish, RunSpec};
 use serde_json::json;
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::Path;
 use std::time::Duration;
 
 /// MiB that are tried, from little to much.
 const SIZES: [u32; 14] = [4, 5, 6, 7, 8, 10, 12, 16, 32, 64, 96, 128, 160, 256];
-
-const MICROVM: &str = "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off,auto-kernel-cmdline=on";
 
 fn size(path: &Path) -> Result<f64> {
     fs::metadata(path).map(|data| data.len() as f64).map_err(|error| format!("{}: {error}", path.display()))
@@ -39,23 +39,22 @@ pub fn bench(programs: &Path, dir: &Path) -> Result {
         .map_err(|error| error.to_string())?;
     let peer = linux::prepare(dir, "10.0.2.15/24", &programs.join("netpeer"), &net::pages())?;
 
-    let accelerator = Accelerator::detect().args();
-    let drive = format!("if=none,id=disk0,format=raw,readonly=on,file={}", disk.display());
-    let user = |port: u16| format!("user,id=net0,hostfwd=tcp:127.0.0.1:{port}-:80");
+    let spec = |mib: u32, port: u16, disks| RunSpec {
+        memory: Some(u64::from(mib) << 20),
+        net: NetSpec::User,
+        publish: vec![Publish { host: SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), guest: 80 }],
+        disks,
+        ..RunSpec::new(Default::default())
+    };
     let ours = least(|mib, port| {
-        let (memory, net) = (format!("{mib}M"), user(port));
-        let mut args = vec!["-M", MICROVM, "-smp", "1", "-m", &memory, "-netdev", &net, "-drive", &drive];
-        args.extend(accelerator);
-        args.extend(["-device", "virtio-blk-device,drive=disk0", "-device", "virtio-net-device,netdev=net0"]);
-        args.extend(["-global", "virtio-mmio.force-legacy=false"]);
-        Guest::start(&args, &image, &config)
+        let spec = spec(mib, port, vec![DiskSpec { path: disk.clone(), writable: false }]);
+        let mut machine = Machine::microvm("httpd", &spec, 0);
+        Guest::start(machine.kernel(&image).arg("-initrd").arg(&config))
     })?;
     let theirs = least(|mib, port| {
-        let (memory, net) = (format!("{mib}M"), user(port));
-        let mut args = vec!["-M", "q35", "-smp", "1", "-m", &memory, "-netdev", &net];
-        args.extend(accelerator);
-        args.extend(["-device", "virtio-net-pci,netdev=net0", "-append", "quiet console=ttyS0"]);
-        Guest::start(&args, &peer.kernel, &peer.initrd)
+        let mut machine = Machine::q35("Debian", &spec(mib, port, Vec::new()), 0);
+        machine.kernel(&peer.kernel).arg("-initrd").arg(&peer.initrd);
+        Guest::start(machine.args(["-append", "quiet console=ttyS0"]))
     })?;
     let bytes = size(&image)?;
     Ok(vec![
