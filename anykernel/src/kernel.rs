@@ -4,6 +4,7 @@ use crate::block::BlockDevice;
 use crate::config::Config;
 use crate::counter::{Counter, Counters};
 use crate::fs::{FsType, Namespace};
+use crate::input::InputDevice;
 use crate::manifest::Manifest;
 use crate::nic::Nic;
 use crate::socket::SocketProvider;
@@ -54,6 +55,7 @@ struct Registry<H: Host> {
     manifests: Vec<Manifest>,
     block_devices: Vec<Arc<dyn BlockDevice>>,
     nics: Vec<Arc<dyn Nic>>,
+    inputs: Vec<Arc<dyn InputDevice>>,
     fs_types: Vec<Arc<dyn FsType>>,
     namespace: Option<Arc<dyn Namespace>>,
     sockets: Option<Arc<dyn SocketProvider>>,
@@ -80,6 +82,7 @@ impl<H: Host> Kernel<H> {
             manifests: Vec::new(),
             block_devices: Vec::new(),
             nics: Vec::new(),
+            inputs: Vec::new(),
             fs_types: Vec::new(),
             namespace: None,
             sockets: None,
@@ -161,6 +164,26 @@ impl<H: Host> Kernel<H> {
     /// All network interfaces, in the order of registration.
     pub fn nics(&self) -> Vec<Arc<dyn Nic>> {
         self.registry.lock().nics.clone()
+    }
+
+    /// Registers an input device.
+    pub fn add_input(&self, device: Arc<dyn InputDevice>) {
+        self.registry.lock().inputs.push(device);
+    }
+
+    /// Forgets the input device `name`, which is gone.
+    pub fn remove_input(&self, name: &str) {
+        let mut registry = self.registry.lock();
+        let (gone, left) =
+            core::mem::take(&mut registry.inputs).into_iter().partition(|one| one.info().name == name);
+        registry.inputs = left;
+        drop(registry);
+        drop::<Vec<_>>(gone);
+    }
+
+    /// All input devices, in the order of registration.
+    pub fn inputs(&self) -> Vec<Arc<dyn InputDevice>> {
+        self.registry.lock().inputs.clone()
     }
 
     /// Registers a kind of file system.
@@ -342,13 +365,14 @@ impl<H: Host> Kernel<H> {
         let sockets = registry.sockets.take();
         let devices = core::mem::take(&mut registry.block_devices);
         let nics = core::mem::take(&mut registry.nics);
+        let inputs = core::mem::take(&mut registry.inputs);
         let kinds = core::mem::take(&mut registry.fs_types);
         let signals = core::mem::take(&mut registry.stop_signals);
         let executors = core::mem::take(&mut registry.executors);
         drop(registry);
         // Its own threads do so when they end, unless they ended by a panic; tasks often hold their executor.
         executors.iter().for_each(|executor| executor.drop_tasks());
-        drop((namespace, sockets, devices, nics, kinds, signals, executors));
+        drop((namespace, sockets, devices, nics, inputs, kinds, signals, executors));
     }
 }
 

@@ -1,7 +1,7 @@
 //! What turns components into a kernel.
 //!
-//! This crate defines what a block device ([`block`]), a network interface ([`nic`]), a file system ([`fs`]) and a
-//! socket provider ([`socket`]) is, and never names one. Components register with a [`Kernel`], which is one running
+//! This crate defines what a block device ([`block`]), a network interface ([`nic`]), an input device ([`input`]), a
+//! file system ([`fs`]) and a socket provider ([`socket`]) is, and never names one. Components register with a [`Kernel`], which is one running
 //! instance; applications get everything from it.
 //!
 //! Locks and waiting ([`sync`]), tasks ([`task`]) and timers ([`timer`]) are built here once on the
@@ -16,6 +16,7 @@ pub mod calendar;
 pub mod config;
 pub mod counter;
 pub mod fs;
+pub mod input;
 mod kernel;
 pub mod manifest;
 pub mod nic;

@@ -430,3 +430,58 @@ pub fn text(bytes: &[u8]) -> alloc::string::String {
     let text = char::decode_utf16(units).map(|one| one.ok().filter(|one| !one.is_control()).unwrap_or('?'));
     text.collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::Speed;
+    use proptest::prelude::*;
+
+    const SPEEDS: [Speed; 5] = [Speed::Low, Speed::Full, Speed::High, Speed::Super, Speed::SuperPlus];
+
+    /// Descriptors with lengths that are nearly right.
+    fn likely() -> impl Strategy<Value = Vec<u8>> {
+        let kinds = proptest::sample::select(alloc::vec![1u8, 2, 4, 4, 4, 5, 5, 5, 0x24, 0x30, 0x21, 0x29]);
+        let one =
+            (kinds, 0u8..12, proptest::collection::vec(any::<u8>(), 12)).prop_map(|(kind, len, body)| {
+                let mut bytes = alloc::vec![len, kind];
+                bytes.extend(&body[..usize::from(len).saturating_sub(2).min(12)]);
+                bytes
+            });
+        proptest::collection::vec(one, 0..40).prop_map(|all| {
+            let mut bytes = alloc::vec![9, 2, 0, 0, 1, 1, 0, 0x80, 50];
+            all.iter().for_each(|one| bytes.extend(one));
+            let len = bytes.len() as u16;
+            bytes[2..4].copy_from_slice(&len.to_le_bytes());
+            bytes
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_descriptors(bytes in prop_oneof![likely(), proptest::collection::vec(any::<u8>(), 0..300)]) {
+            text(&bytes);
+            if let Ok(hub) = HubDescriptor::parse(&bytes) {
+                prop_assert!((1..=31).contains(&hub.ports));
+            }
+            for speed in SPEEDS {
+                if let Ok(device) = DeviceDescriptor::parse(&bytes, speed) {
+                    prop_assert!((1..=8).contains(&device.configurations));
+                }
+            }
+            let Ok(configuration) = Configuration::parse(&bytes) else { return Ok(()) };
+            prop_assert!(!configuration.settings.is_empty() && configuration.settings.len() <= MAX_SETTINGS);
+            for (index, setting) in configuration.settings.iter().enumerate() {
+                let same = |other: &Setting| (other.interface, other.alternate) == (setting.interface, setting.alternate);
+                prop_assert!(!configuration.settings[..index].iter().any(same));
+                prop_assert!(setting.endpoints.len() <= 30);
+                for endpoint in &setting.endpoints {
+                    for spec in SPEEDS.iter().filter_map(|speed| endpoint.spec(*speed)) {
+                        prop_assert!((1..=1024).contains(&spec.max_packet) && spec.address & 0x0f != 0);
+                        prop_assert!(spec.max_burst <= 15 && spec.additional <= 2);
+                    }
+                }
+            }
+        }
+    }
+}

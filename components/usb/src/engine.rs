@@ -5,8 +5,8 @@
 //! it busy leaves word that there is more, and goes.
 
 use crate::controller::{
-    Command, CommandTag, ControllerError, Event, HostController, Outcome, Refused, RootPort, Slot, Status,
-    Token, Transfer,
+    Command, CommandTag, ControllerError, EndpointKind, Event, HostController, Outcome, Refused, RootPort,
+    Slot, Status, Token, Transfer,
 };
 use crate::usbmon::Tap;
 use alloc::boxed::Box;
@@ -406,8 +406,13 @@ impl<H: Host> Engine<H> {
     /// Starts a command now; the future is for its end.
     pub(crate) fn command(self: &Arc<Self>, command: Command) -> Commanding<H> {
         let mut bus = self.bus.lock();
+        let bus = &mut *bus;
         let tag = bus.next;
         bus.next += 1;
+        if let (Some(tap), Command::Configure { slot, add, .. }) = (&mut bus.tap, &command) {
+            let interrupts = add.iter().filter(|spec| spec.kind == EndpointKind::Interrupt);
+            interrupts.for_each(|spec| tap.interrupt(*slot, spec.address));
+        }
         let result = bus.controller.command(CommandTag(tag), command).err().map(Err);
         bus.commands.insert(tag, PendingCommand { result, ..PendingCommand::default() });
         Commanding { engine: self.clone(), tag, taken: false }

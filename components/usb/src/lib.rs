@@ -26,7 +26,7 @@ mod tests;
 mod tree;
 pub mod usbmon;
 
-pub use class::storage;
+pub use class::{hid, net, storage};
 pub use engine::Failure;
 pub use platform::{Claim, PLATFORM_MANIFEST, PlatformStack};
 pub use port::hub_port_status;

@@ -1,5 +1,6 @@
 //! The stack of one host controller, or of the platform's devices: what targets start and ask.
 
+use crate::class::net::NicPort;
 use crate::controller::{HostController, Slot, Translator};
 use crate::device::Device;
 use crate::engine::{Engine, Turn};
@@ -98,6 +99,8 @@ pub(crate) struct Shared<H: Host> {
     tree: Mutex<H, BTreeMap<UsbPath, Node>>,
     /// Full and low speed hubs behind a high speed one, and what translates for them.
     translators: Mutex<H, Vec<(Slot, Translator)>>,
+    /// Network interfaces, also of devices that were unplugged.
+    pub(crate) nics: Mutex<H, Vec<Arc<NicPort<H>>>>,
     /// How many ports and drivers are still finding out what there is.
     busy: Mutex<H, usize>,
     settled: Signal,
@@ -249,6 +252,7 @@ impl<H: Host> UsbStack<H> {
             quirks: options.quirks,
             tree: Mutex::new(host, BTreeMap::new()),
             translators: Mutex::new(host, Vec::new()),
+            nics: Mutex::new(host, Vec::new()),
             busy: Mutex::new(host, 0),
             settled: Signal::new(),
         });

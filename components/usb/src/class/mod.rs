@@ -1,5 +1,7 @@
 //! Class drivers, and which function of a device gets which.
 
+pub mod hid;
+pub mod net;
 pub mod storage;
 
 use crate::controller::EndpointKind;
@@ -18,6 +20,12 @@ use hypercall::Host;
 enum Function {
     /// SCSI over the bulk-only transport.
     Storage,
+    /// Reports.
+    Hid,
+    /// Frames, one in a transfer.
+    Ecm,
+    /// Frames, many in a transfer.
+    Ncm,
 }
 
 impl Function {
@@ -25,6 +33,9 @@ impl Function {
         match setting.class {
             // 6: SCSI; 2 and 5 (ATAPI) speak it too. Protocol 0x62 is UAS, which is left alone for this one.
             [8, 2 | 5 | 6, 0x50] => Some(Self::Storage),
+            [3, ..] => Some(Self::Hid),
+            [2, 6, _] => Some(Self::Ecm),
+            [2, 0x0d, _] => Some(Self::Ncm),
             _ => None,
         }
     }
@@ -32,6 +43,9 @@ impl Function {
     fn name(self) -> &'static str {
         match self {
             Self::Storage => "storage",
+            Self::Hid => "hid",
+            Self::Ecm => "cdc-ecm",
+            Self::Ncm => "cdc-ncm",
         }
     }
 }
@@ -74,6 +88,8 @@ pub(crate) fn start<H: Host>(shared: &Arc<Shared<H>>, device: &Arc<Device<H>>, b
         shared.set_driver(device.identity.path, setting.interface, function.name(), String::new());
         match function {
             Function::Storage => run(shared, device, setting, function, busy, storage::run),
+            Function::Hid => run(shared, device, setting, function, busy, hid::run),
+            Function::Ecm | Function::Ncm => run(shared, device, setting, function, busy, net::run),
         }
     }
 }

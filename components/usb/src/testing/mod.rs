@@ -5,10 +5,14 @@
 
 mod build;
 mod bus;
+mod hid;
 mod hub;
+mod net;
 mod storage;
 
 pub use build::Descriptors;
 pub use bus::{ModelBus, ModelController};
+pub use hid::{HidModel, HidState, KEYBOARD, MOUSE};
 pub use hub::HubModel;
+pub use net::{NetModel, NetState};
 pub use storage::{Fault, StorageModel, StorageState};

@@ -1,6 +1,9 @@
 //! The stack over models.
 
+mod capture;
 mod enumeration;
+mod input;
+mod network;
 mod platform;
 mod storage;
 mod support;

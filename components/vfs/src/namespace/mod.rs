@@ -17,7 +17,7 @@ use alloc::string::{String, ToString};
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use anykernel::Kernel;
-use anykernel::block::BlockDevice;
+use anykernel::block::{BlockDevice, BlockError};
 use anykernel::counter::Counter;
 use anykernel::fs::{self, File, FileKind, FsError, FsStats, FsType, Inode, OpenOptions, Result};
 use anykernel::sync::Mutex;
@@ -244,9 +244,17 @@ impl<H: Host> fs::Namespace for MountTree<H> {
         if table.any_below(&mount.path) || !mount.close() {
             return Err(FsError::Busy);
         }
-        if let Err(error) = mount.filesystem.sync() {
-            mount.reopen();
-            return Err(error);
+        match mount.filesystem.sync() {
+            Ok(()) => {}
+            // Its device is gone (unplugged, for example): there is nothing to keep it for.
+            Err(error @ FsError::Device(BlockError::Gone)) => {
+                let shown = String::from_utf8_lossy(&mount.path).into_owned();
+                log::error!("unmounting {shown}: {error}; what was not written is lost");
+            }
+            Err(error) => {
+                mount.reopen();
+                return Err(error);
+            }
         }
         mount.dentries.clear();
         *self.table.lock() = Arc::new(table.without(&mount));
