@@ -418,8 +418,11 @@ impl<H: Host + HostUsb> Worker<H> {
     }
 }
 
+/// A result, and who waits for it.
+type Awaited<T> = (Option<T>, Option<Waker>);
+
 struct Call<H: Host, T> {
-    state: Arc<Mutex<H, (Option<T>, Option<Waker>)>>,
+    state: Arc<Mutex<H, Awaited<T>>>,
 }
 
 impl<H: Host, T> Future for Call<H, T> {
@@ -593,9 +596,12 @@ async fn watch<H: Host + HostUsb>(
     }
 }
 
+/// Whether it is gone, the device once it is open, and who waits.
+type Seated<H> = (bool, Option<Arc<Device<H>>>, Option<Waker>);
+
 /// Tells the task of a device that it is gone from the list.
 struct Seat<H: Host> {
-    state: Mutex<H, (bool, Option<Arc<Device<H>>>, Option<Waker>)>,
+    state: Mutex<H, Seated<H>>,
 }
 
 impl<H: Host> Seat<H> {

@@ -112,10 +112,12 @@ pub fn record(
     bytes
 }
 
+type Sink = Box<dyn FnMut(&[u8]) + Send>;
+
 /// Sees every transfer of a stack, and hands records on.
 pub struct Tap {
     /// Takes one record. Called with locks held: must neither block nor call the stack.
-    sink: Box<dyn FnMut(&[u8]) + Send>,
+    sink: Sink,
     places: BTreeMap<Slot, (u8, u8)>,
     interrupts: Vec<(Slot, u8)>,
 }

@@ -15,8 +15,11 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at as u32).wrapping_mul(2_654_435_761) as u8 ^ (at >> 9) as u8).collect()
 }
 
+/// Tag, result and data of a request that is over.
+type Done = (u64, Result<(), BlockError>, Vec<u8>);
+
 #[derive(Default)]
-struct Sink(Mutex<Vec<(u64, Result<(), BlockError>, Vec<u8>)>>);
+struct Sink(Mutex<Vec<Done>>);
 
 impl Complete for Sink {
     fn complete(&self, request: Request, result: Result<(), BlockError>) {

@@ -127,9 +127,9 @@ pub(crate) async fn run<H: Host>(
         },
     };
     // Reports only when something changes; many do not know the request.
-    match device.control_out(request::setup(0x21, 0x0a, 0, u16::from(interface), 0), &[]).await {
-        Err(Failure::Gone) => return Ok(()),
-        _ => {}
+    let set_idle = request::setup(0x21, 0x0a, 0, u16::from(interface), 0);
+    if device.control_out(set_idle, &[]).await == Err(Failure::Gone) {
+        return Ok(());
     }
     let decoder = Decoder::new(layout);
     let (keyboard, pointer) = decoder.kinds();
