@@ -147,6 +147,13 @@ pub const fn errors(call: Call) -> &'static [Error] {
         Call::LinkOpen => &[Error::Busy, Error::NotFound],
         Call::LinkSend => &[Error::Gone],
         Call::LinkReceive => &[Error::BufferTooSmall],
+        Call::UsbWatch => &[Error::Unsupported],
+        Call::UsbDescriptors => &[Error::Io, Error::Gone],
+        Call::UsbOpen => &[Error::Denied, Error::Gone],
+        Call::UsbConfigure => &[Error::Io, Error::Busy],
+        Call::UsbClaim => &[Error::Busy, Error::Denied],
+        Call::UsbSetAlternate | Call::UsbClearHalt | Call::UsbReset => &[Error::Io, Error::Gone],
+        Call::UsbSubmit => &[Error::NoMemory, Error::Io],
         _ => &[],
     }
 }
@@ -291,6 +298,16 @@ unsafe impl<H: Dma> Dma for Faulty<H> {
         // SAFETY: the caller's promise.
         unsafe { self.host.dma_unmap(device, buf, direction) }
     }
+    #[inline]
+    unsafe fn dma_read(&self, block: &DmaBlock, offset: usize, width: Width) -> u64 {
+        // SAFETY: the caller's promise.
+        unsafe { self.host.dma_read(block, offset, width) }
+    }
+    #[inline]
+    unsafe fn dma_copy(&self, block: &DmaBlock, offset: usize, to: &mut [u8]) {
+        // SAFETY: the caller's promise.
+        unsafe { self.host.dma_copy(block, offset, to) }
+    }
 }
 
 impl<H: Mmio> Mmio for Faulty<H> {
@@ -381,6 +398,65 @@ impl<H: HostLink> HostLink for Faulty<H> {
     }
 }
 
+impl<H: HostUsb> HostUsb for Faulty<H> {
+    fn usb_watch(&self, signal: Option<Arc<Signal>>) -> Result<()> {
+        // To end it does not fail: the host would keep a signal that nobody waits for.
+        if signal.is_some() {
+            self.may_fail(Call::UsbWatch)?;
+        }
+        self.host.usb_watch(signal)
+    }
+    fn usb_devices(&self, found: &mut dyn FnMut(UsbDeviceInfo)) {
+        self.host.usb_devices(found);
+    }
+    fn usb_descriptors(&self, device: UsbDeviceId, buf: &mut [u8]) -> Result<usize> {
+        self.may_fail(Call::UsbDescriptors)?;
+        self.host.usb_descriptors(device, buf)
+    }
+    fn usb_open(&self, device: UsbDeviceId, signal: Arc<Signal>) -> Result<()> {
+        self.may_fail(Call::UsbOpen)?;
+        self.host.usb_open(device, signal)
+    }
+    fn usb_close(&self, device: UsbDeviceId) {
+        self.host.usb_close(device);
+    }
+    fn usb_configure(&self, device: UsbDeviceId, configuration: u8) -> Result<()> {
+        self.may_fail(Call::UsbConfigure)?;
+        self.host.usb_configure(device, configuration)
+    }
+    fn usb_claim(&self, device: UsbDeviceId, interface: u8) -> Result<()> {
+        self.may_fail(Call::UsbClaim)?;
+        self.host.usb_claim(device, interface)
+    }
+    fn usb_release(&self, device: UsbDeviceId, interface: u8) {
+        self.host.usb_release(device, interface);
+    }
+    fn usb_set_alternate(&self, device: UsbDeviceId, interface: u8, alternate: u8) -> Result<()> {
+        self.may_fail(Call::UsbSetAlternate)?;
+        self.host.usb_set_alternate(device, interface, alternate)
+    }
+    fn usb_clear_halt(&self, device: UsbDeviceId, endpoint: u8) -> Result<()> {
+        self.may_fail(Call::UsbClearHalt)?;
+        self.host.usb_clear_halt(device, endpoint)
+    }
+    fn usb_reset(&self, device: UsbDeviceId) -> Result<()> {
+        self.may_fail(Call::UsbReset)?;
+        self.host.usb_reset(device)
+    }
+    fn usb_submit(&self, device: UsbDeviceId, transfer: UsbTransfer) -> Result<(), UsbRefused> {
+        match self.may_fail(Call::UsbSubmit) {
+            Ok(()) => self.host.usb_submit(device, transfer),
+            Err(error) => Err(UsbRefused { transfer, error }),
+        }
+    }
+    fn usb_cancel(&self, device: UsbDeviceId, tag: u64) {
+        self.host.usb_cancel(device, tag);
+    }
+    fn usb_reap(&self, device: UsbDeviceId) -> Option<UsbCompletion> {
+        self.host.usb_reap(device)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -442,6 +518,6 @@ mod tests {
     #[test]
     fn every_call_that_can_fail_can_be_made_to() {
         let infallible = Call::ALL.iter().filter(|call| errors(**call).is_empty()).count();
-        assert_eq!(Call::ALL.len() - infallible, 17);
+        assert_eq!(Call::ALL.len() - infallible, 26);
     }
 }

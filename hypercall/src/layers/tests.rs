@@ -26,6 +26,8 @@ fn layers_stack() {
     let (_, granted, _) = granted(Grants::of(Capability::ALL));
     is_every_kind_of_host(granted);
     is_every_kind_of_host(Traced::new(granted, ring(16)));
+    static NOTHING: FaultPlan = FaultPlan::new(Fault::Never);
+    is_every_kind_of_host(Faulty::new(granted, &NOTHING));
 }
 
 /// Calls every function once, except `exit`.
