@@ -13,6 +13,7 @@ use crate::error::{Error, Fault, Result};
 use crate::spec::ring;
 use alloc::vec::Vec;
 use core::mem::ManuallyDrop;
+use core::sync::atomic::AtomicBool;
 use core::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
 use core::sync::atomic::fence;
 use hypercall::Dma;
@@ -109,7 +110,7 @@ pub(crate) struct Returned<H: Dma, T> {
 
 /// A split virtqueue whose chains carry a `T`.
 pub(crate) struct Queue<H: Dma, T> {
-    // Not dropped by itself: the device may still use it. `dismantle` frees it.
+    // Not dropped by itself once the device was told of it, as it may still use it. `dismantle` frees it.
     memory: ManuallyDrop<DmaMemory<H>>,
     layout: Layout,
     options: QueueOptions,
@@ -130,6 +131,8 @@ pub(crate) struct Queue<H: Dma, T> {
     used_seen: u16,
     interrupts: bool,
     fault: Option<Fault>,
+    /// The device may know where the ring is, or its memory was given back.
+    told: AtomicBool,
 }
 
 impl<H: Dma, T> Queue<H, T> {
@@ -165,6 +168,7 @@ impl<H: Dma, T> Queue<H, T> {
             used_seen: 0,
             interrupts: true,
             fault: None,
+            told: AtomicBool::new(false),
         };
         queue.disable_interrupts();
         Ok(queue)
@@ -172,6 +176,7 @@ impl<H: Dma, T> Queue<H, T> {
 
     /// Where the device finds it.
     pub(crate) fn addresses(&self) -> RingAddresses {
+        self.told.store(true, Relaxed);
         RingAddresses {
             descriptors: self.memory.device_addr(0),
             driver: self.memory.device_addr(self.layout.avail),
@@ -417,7 +422,8 @@ impl<H: Dma, T> Queue<H, T> {
             // SAFETY: the proof says that the device does not touch memory any more.
             each(entry.token, unsafe { entry.lent.reclaim() });
         }
-        // SAFETY: as above for the ring itself; `self` is not used afterwards and has no drop of its own.
+        self.told.store(true, Relaxed);
+        // SAFETY: as above for the ring itself; `self` is not used afterwards, and its drop leaves alone what was told.
         unsafe { ManuallyDrop::drop(&mut self.memory) };
     }
 
@@ -425,6 +431,15 @@ impl<H: Dma, T> Queue<H, T> {
     pub(crate) fn abandon(mut self, mut each: impl FnMut(T)) {
         for entry in self.heads.drain(..).flatten() {
             each(entry.token);
+        }
+    }
+}
+
+impl<H: Dma, T> Drop for Queue<H, T> {
+    fn drop(&mut self) {
+        if !*self.told.get_mut() {
+            // SAFETY: nobody was told where the memory is, `dismantle` has not run, and this is the end of `self`.
+            unsafe { ManuallyDrop::drop(&mut self.memory) };
         }
     }
 }

@@ -32,10 +32,11 @@ impl<H: DeviceHost> Control<H> {
             max_segment: u32::MAX,
         };
         let queue = Queue::new(host, options)?;
-        let doorbell = transport.enable_queue(index, options.size, queue.addresses(), pci::NO_VECTOR)?;
         let slot = DmaSlot::pool(host, COMMAND_BYTES + 1, 1)
             .map_err(|error| Error::Host("allocating the control buffer", error))?
             .pop();
+        // Last: what the device was told of is not freed when the set-up fails.
+        let doorbell = transport.enable_queue(index, options.size, queue.addresses(), pci::NO_VECTOR)?;
         Ok(Self { queue, doorbell, slot })
     }
 

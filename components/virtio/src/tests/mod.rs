@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod blk;
+mod faults;
 mod hostile;
 mod machine;
 mod net;
