@@ -2,8 +2,9 @@
 #![expect(unsafe_code, reason = "hands out memory")]
 
 use super::SimHost;
+use super::trace::digest;
 use core::ptr::NonNull;
-use hypercall::{Call, Dma, DmaAddr, DmaBlock, DmaDirection, Error, Memory, PAGE_SIZE, Pages, Result};
+use hypercall::{Call, Dma, DmaAddr, DmaBlock, DmaDirection, Error, Memory, PAGE_SIZE, Pages, Result, Width};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 
 fn zeroed(layout: Layout) -> Result<NonNull<u8>> {
@@ -93,6 +94,26 @@ unsafe impl Dma for SimHost {
             let found = node.dma.borrow_mut().remove(device);
             assert!(found.is_some(), "dma_unmap of {device:?}, which is not mapped");
         });
+    }
+
+    unsafe fn dma_read(&self, block: &DmaBlock, offset: usize, width: Width) -> u64 {
+        assert!(offset.is_multiple_of(width.bytes()), "offset {offset} is not aligned");
+        let mut bytes = [0; 8];
+        // SAFETY: the caller's promise; threads change at hypercalls only, so that nobody writes meanwhile.
+        unsafe { self.dma_copy(block, offset, &mut bytes[..width.bytes()]) };
+        u64::from_le_bytes(bytes)
+    }
+
+    unsafe fn dma_copy(&self, block: &DmaBlock, offset: usize, to: &mut [u8]) {
+        let end = offset.checked_add(to.len());
+        assert!(end.is_some_and(|end| end <= block.len), "offset {offset} outside DMA memory");
+        let at = block.device.0 + offset as u64;
+        self.note(Call::DmaCopy, [at, to.len() as u64], |_| ());
+        // SAFETY: inside the block, which is valid by the caller; `to` is ordinary memory and cannot overlap it.
+        unsafe { core::ptr::copy_nonoverlapping(block.cpu.add(offset).as_ptr(), to.as_mut_ptr(), to.len()) };
+        if let Some(world) = self.world() {
+            world.leave(digest(to));
+        }
     }
 }
 
