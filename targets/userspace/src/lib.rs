@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod apps;
+pub mod control;
 mod disk;
 pub mod gateway;
 mod heap;

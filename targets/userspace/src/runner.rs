@@ -1,5 +1,6 @@
 //! Running one application, as `anykernel run` does.
 
+use crate::control::Control;
 use crate::gateway::{self, Bound, Gateway};
 use crate::instance::Enter;
 use crate::link::{Pcap, Tap};
@@ -223,8 +224,13 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
         let instance = builder.start().map_err(start_failure)?;
         return run_instance(spec, &instance, gateway, &published, |_, body| body());
     };
-    let (trace, ring) = Trace::start(path, &spec.config.hostname)?;
+    let control = spec.control.as_deref().map(Control::listen).transpose()?;
+    let (trace, ring) = Trace::start(path, &spec.config.hostname, control.clone())?;
     let instance = builder.start_on(|host| Traced::new(host, ring)).map_err(start_failure)?;
+    if let Some(control) = control {
+        let kernel = Arc::downgrade(instance.kernel());
+        control.set_counters(move || kernel.upgrade().map_or_else(Vec::new, |kernel| kernel.counters()));
+    }
     let status = run_instance(spec, &instance, gateway, &published, |_, body| body());
     instance.shutdown();
     trace.finish()?;

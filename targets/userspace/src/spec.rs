@@ -29,6 +29,8 @@ pub struct RunSpec {
     pub memory: Option<u64>,
     /// Where to write a trace of hypercalls (Perfetto's JSON).
     pub trace: Option<PathBuf>,
+    /// Where `anykernel top` may ask; needs `trace`, which may go nowhere.
+    pub control: Option<PathBuf>,
     /// Where to write a recording for `anykernel replay`.
     pub record: Option<PathBuf>,
     /// How large the recording may become, in bytes; the run goes on without it.
@@ -54,6 +56,7 @@ impl RunSpec {
             cpus: 1,
             memory: None,
             trace: None,
+            control: None,
             record: None,
             record_limit: crate::record::DEFAULT_LIMIT,
             pcap: None,

@@ -1,6 +1,7 @@
 //! `--trace`: every hypercall of an instance, in a file for <https://ui.perfetto.dev>.
 
 use crate::Failure;
+use crate::control::Control;
 use hypercall::layers::{ChromeWriter, TraceRing};
 use std::fmt;
 use std::fs::File;
@@ -33,16 +34,21 @@ impl fmt::Write for Out {
 
 impl Trace {
     /// Begins a file. `name` is the domain's. Failures are lines for a person.
-    pub fn start(path: &Path, name: &str) -> Result<(Self, TraceRing), Failure> {
+    pub fn start(
+        path: &Path,
+        name: &str,
+        control: Option<Arc<Control>>,
+    ) -> Result<(Self, TraceRing), Failure> {
         // Hosts are `Copy` and so are their sinks: whoever keeps one must find a ring. A process has one trace.
         let ring = TraceRing::new(EVENTS).ok_or_else(|| Failure::new("too little memory for a trace"))?;
-        Ok((Self::follow(path, name, move || Some(ring))?, ring))
+        Ok((Self::follow(path, name, control, move || Some(ring))?, ring))
     }
 
-    /// Begins a file of what comes out of the ring that `find` gives as soon as there is one.
+    /// Begins a file of what comes out of the ring that `find` gives as soon as there is one. `control` is told of it, too.
     pub fn follow(
         path: &Path,
         name: &str,
+        control: Option<Arc<Control>>,
         mut find: impl FnMut() -> Option<TraceRing> + Send + 'static,
     ) -> Result<Self, Failure> {
         let shown = path.display().to_string();
@@ -57,7 +63,14 @@ impl Trace {
                 // Looked at before draining, so that nothing recorded before the stop is missed.
                 let last = stopped.load(Ordering::Acquire);
                 ring = ring.or_else(&mut find);
-                let written = ring.map_or(Ok(0), |ring| writer.drain(ring))?;
+                let mut written = 0;
+                while let Some(event) = ring.and_then(|ring: TraceRing| ring.pop()) {
+                    if let Some(control) = &control {
+                        control.add(&event);
+                    }
+                    writer.event(&event)?;
+                    written += 1;
+                }
                 if last {
                     break;
                 }

@@ -86,6 +86,7 @@ impl Demo {
             cpus: self.cpus,
             memory: None,
             trace: None,
+            control: None,
             record: None,
             record_limit: anykernel_userspace::record::DEFAULT_LIMIT,
             pcap: self.pcap,

@@ -9,6 +9,7 @@ mod replay;
 mod run;
 mod simulate;
 mod size;
+mod top;
 mod usb;
 
 use anykernel_userspace::{Failure, interrupt, logger};
@@ -36,6 +37,7 @@ enum Command {
     Run(Box<run::Run>),
     Demo(demo::Demo),
     Replay(replay::Replay),
+    Top(top::Top),
     Simulate(simulate::Simulate),
     Ls(files::Ls),
     Tree(files::Tree),
@@ -57,6 +59,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(command) => command.run(),
         Command::Demo(command) => command.run(),
         Command::Replay(command) => command.run(),
+        Command::Top(command) => command.run(),
         Command::Simulate(command) => command.run(),
         Command::Ls(command) => command.run(),
         Command::Tree(command) => command.run(),

@@ -94,6 +94,9 @@ pub(super) struct Run {
     /// Write a trace of hypercalls, for https://ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Tell `anykernel top` what hypercalls cost, at this path
+    #[arg(long, value_name = "PATH", conflicts_with = "record")]
+    control: Option<PathBuf>,
     /// Record everything that the guest is told, for `anykernel replay`; it runs more slowly
     #[arg(long, value_name = "FILE", conflicts_with = "trace")]
     record: Option<PathBuf>,
@@ -169,7 +172,9 @@ impl Run {
             machine: self.machine,
             cpus: self.cpus,
             memory: self.memory,
-            trace: self.trace,
+            // What is told of calls comes from a trace.
+            trace: self.trace.or_else(|| self.control.as_ref().map(|_| "/dev/null".into())),
+            control: self.control,
             record: self.record,
             record_limit: self.record_limit,
             pcap: self.pcap,

@@ -1,6 +1,7 @@
 //! What is written down about a guest while it runs: a trace, a recording, frames.
 
 use super::channel::GuestMemory;
+use crate::control::Control;
 use crate::link::Pcap;
 use crate::record::Recording;
 use crate::trace::Trace;
@@ -32,8 +33,9 @@ impl Watch {
         if let Some(path) = &spec.trace {
             let memory = GuestMemory::new(memory)?;
             watch.args.extend(memory.args());
+            let control = spec.control.as_deref().map(Control::listen).transpose()?;
             let events = move || memory.find().and_then(|channel| channel.events());
-            watch.trace = Some(Trace::follow(path, &spec.config.hostname, events)?);
+            watch.trace = Some(Trace::follow(path, &spec.config.hostname, control, events)?);
         }
         if let Some(path) = &spec.record {
             let memory = GuestMemory::new(memory)?;

@@ -1,0 +1,155 @@
+//! `--control`: what a running instance costs, for `anykernel top`.
+//!
+//! A socket of the file system on which every connection gets one JSON object and is closed.
+
+use crate::Failure;
+use hypercall::layers::TraceEvent;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What calls of one kind by one component cost so far.
+#[derive(Debug, Default, Clone, Copy)]
+struct Cost {
+    calls: u64,
+    total_ns: u64,
+    longest_ns: u64,
+}
+
+type Counters = Box<dyn Fn() -> Vec<(String, u64)> + Send + Sync>;
+
+/// What is known of an instance.
+pub struct Control {
+    start: Instant,
+    costs: Mutex<BTreeMap<(String, &'static str), Cost>>,
+    counters: OnceLock<Counters>,
+    path: PathBuf,
+}
+
+impl Control {
+    /// Listens at `path`, which must not be there, unless it is what an instance that is gone left.
+    pub fn listen(path: &Path) -> Result<Arc<Self>, Failure> {
+        let fail = |error: std::io::Error| Failure::new(format!("{}: {error}", path.display()));
+        let listener = UnixListener::bind(path).or_else(|error| match error.kind() {
+            ErrorKind::AddrInUse if UnixStream::connect(path).is_err() => {
+                std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+            }
+            _ => Err(error),
+        });
+        let listener = listener.map_err(fail)?;
+        let control = Arc::new(Self {
+            start: Instant::now(),
+            costs: Mutex::default(),
+            counters: OnceLock::new(),
+            path: path.into(),
+        });
+        let told = Arc::downgrade(&control);
+        let body = move || {
+            for stream in listener.incoming() {
+                let Some(control) = told.upgrade() else { return };
+                // Who does not want it does not get it.
+                let _ = stream.and_then(|mut stream| {
+                    stream.set_write_timeout(Some(Duration::from_secs(1)))?;
+                    stream.write_all(control.snapshot().to_string().as_bytes())
+                });
+            }
+        };
+        std::thread::Builder::new().name("control".into()).spawn(body).map_err(fail)?;
+        Ok(control)
+    }
+
+    /// Where the instance's counters are read.
+    pub fn set_counters(&self, counters: impl Fn() -> Vec<(String, u64)> + Send + Sync + 'static) {
+        // The first one counts.
+        let _ = self.counters.set(Box::new(counters));
+    }
+
+    /// Counts one call.
+    pub fn add(&self, event: &TraceEvent) {
+        let mut costs = self.costs.lock().unwrap_or_else(PoisonError::into_inner);
+        let cost = costs.entry((event.component.as_str().into(), event.call.name())).or_default();
+        cost.calls += 1;
+        cost.total_ns = cost.total_ns.saturating_add(event.duration_ns);
+        cost.longest_ns = cost.longest_ns.max(event.duration_ns);
+    }
+
+    fn snapshot(&self) -> Value {
+        let costs = self.costs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let calls: Vec<Value> = costs
+            .into_iter()
+            .map(|((component, call), cost)| {
+                json!({
+                    "component": component, "call": call, "calls": cost.calls,
+                    "total_ns": cost.total_ns, "longest_ns": cost.longest_ns,
+                })
+            })
+            .collect();
+        let counters = self.counters.get().map_or_else(Vec::new, |counters| counters());
+        let counters: serde_json::Map<_, _> =
+            counters.into_iter().map(|(name, value)| (name, value.into())).collect();
+        json!({ "up_ns": self.start.elapsed().as_nanos() as u64, "calls": calls, "counters": counters })
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        // Wakes the listener, which then finds us gone.
+        let _ = UnixStream::connect(&self.path);
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Asks the instance that listens at `path`. Failures are lines for a person.
+pub fn ask(path: &Path) -> Result<Value, Failure> {
+    let shown = path.display();
+    let mut stream = UnixStream::connect(path).map_err(|error| {
+        Failure::new(format!("{shown}: {error}: give the path that `anykernel run --control PATH` was given"))
+    })?;
+    let mut text = String::new();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .and_then(|()| stream.read_to_string(&mut text))
+        .map_err(|error| Failure::new(format!("{shown}: {error}")))?;
+    serde_json::from_str(&text)
+        .map_err(|_| Failure::new(format!("{shown}: this is no instance's control socket")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hypercall::layers::ComponentName;
+    use hypercall::{Call, CpuId};
+
+    #[test]
+    fn a_client_is_told_what_calls_cost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control");
+        assert!(ask(&path).is_err());
+        let control = Control::listen(&path).unwrap();
+        for duration_ns in [5, 9, 1] {
+            control.add(&TraceEvent {
+                call: Call::Park,
+                component: ComponentName::new("net"),
+                cpu: CpuId(0),
+                start_ns: 1,
+                duration_ns,
+                arguments: [0; 2],
+            });
+        }
+        control.set_counters(|| vec![("net.drops".into(), 3)]);
+        let said = ask(&path).unwrap();
+        assert_eq!(said["calls"][0]["calls"], 3);
+        assert_eq!((&said["calls"][0]["total_ns"], &said["calls"][0]["longest_ns"]), (&json!(15), &json!(9)));
+        assert_eq!(said["counters"]["net.drops"], 3);
+        // In use; and left behind by one that is gone.
+        assert!(Control::listen(&path).is_err());
+        drop(control);
+        assert!(!path.exists());
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(Control::listen(&path).is_ok());
+    }
+}
