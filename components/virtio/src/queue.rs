@@ -38,6 +38,11 @@ impl Quiet {
 /// How often silence is renewed, in used entries: a power of two, and less than 2^16 by the largest queue.
 const SILENCE_MASK: u16 = (1 << 14) - 1;
 
+/// How often the device's side is looked at before it counts as quiet: some hundred nanoseconds. A fence alone does not order
+/// our store before our load where QEMU emulates a machine with one CPU: it leaves fences out then, although the device
+/// is another thread. The store is done by the time of a later look, and the wake-up that both missed is found.
+const LOOKS: u32 = 100;
+
 /// How a queue is to be made.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct QueueOptions {
@@ -125,6 +130,8 @@ pub(crate) struct Queue<H: Dma, T> {
     avail: u16,
     /// What the device was told.
     published: u16,
+    /// What it was told when the doorbell rang last.
+    kicked: u16,
     /// The next used entry to look at.
     used: u16,
     /// The last `used.idx` seen, so that a batch reads it once.
@@ -164,6 +171,7 @@ impl<H: Dma, T> Queue<H, T> {
             in_flight: 0,
             avail: 0,
             published: 0,
+            kicked: 0,
             used: 0,
             used_seen: 0,
             interrupts: true,
@@ -289,23 +297,35 @@ impl<H: Dma, T> Queue<H, T> {
         self.next.get(usize::from(descriptor)).copied().unwrap_or(0)
     }
 
-    /// Shows everything added to the device. `true`: ring the doorbell.
+    /// Shows everything added to the device. `true`: ring the doorbell, also for what was shown before if the device's wish
+    /// came too late then.
     pub(crate) fn publish(&mut self) -> bool {
-        if self.avail == self.published || self.fault.is_some() {
+        if self.fault.is_some() {
             return false;
         }
-        // Release: the descriptors and the ring entries are there before the index.
-        self.memory.u16_at(self.layout.avail + 2).store(self.avail.to_le(), Release);
-        // The device writes its wish, then reads our index; we write the index, then read its wish. Both need the
-        // store done before the load, or both may miss the other (2.7.13.4.1).
-        fence(SeqCst);
-        let old = core::mem::replace(&mut self.published, self.avail);
-        if self.options.event_idx {
-            let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.options.size);
-            need_event(u16::from_le(self.memory.device_u16(at)), self.published, old)
-        } else {
-            u16::from_le(self.memory.device_u16(self.layout.used)) & ring::USED_NO_NOTIFY == 0
+        let is_new = self.avail != self.published;
+        if is_new {
+            // Release: the descriptors and the ring entries are there before the index.
+            self.memory.u16_at(self.layout.avail + 2).store(self.avail.to_le(), Release);
+            // The device writes its wish, then reads our index; we write the index, then read its wish. Both need the
+            // store done before the load, or both may miss the other (2.7.13.4.1).
+            fence(SeqCst);
+            self.published = self.avail;
         }
+        let needed = if self.options.event_idx {
+            let looks = if is_new { LOOKS } else { 1 };
+            (0..looks).any(|_| {
+                let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.options.size);
+                need_event(u16::from_le(self.memory.device_u16(at)), self.published, self.kicked)
+            })
+        } else {
+            let wish = || u16::from_le(self.memory.device_u16(self.layout.used)) & ring::USED_NO_NOTIFY == 0;
+            is_new && (0..LOOKS).any(|_| wish())
+        };
+        if needed {
+            self.kicked = self.published;
+        }
+        needed
     }
 
     /// Takes back the next chain that the device is done with.
@@ -405,9 +425,11 @@ impl<H: Dma, T> Queue<H, T> {
         }
         // Our wish is written before we look, as in `publish`.
         fence(SeqCst);
-        let index = u16::from_le(self.memory.device_u16(self.layout.used + 2));
-        let done = index.wrapping_sub(self.used);
-        if self.options.event_idx { done > skip } else { done > 0 }
+        let skip = if self.options.event_idx { skip } else { 0 };
+        (0..LOOKS).any(|_| {
+            let index = u16::from_le(self.memory.device_u16(self.layout.used + 2));
+            index.wrapping_sub(self.used) > skip
+        })
     }
 
     /// How many returned chains wait to be popped.

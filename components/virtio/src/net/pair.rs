@@ -428,6 +428,8 @@ impl<H: DeviceHost> NicQueue for OpenPair<H> {
         // Before the rings are looked at: what comes after it interrupts again.
         self.acknowledge();
         let Some(pair) = self.live() else { return false };
+        // Here, too, the device's wish for a doorbell may have come late.
+        pair.publish_receive();
         let mut ready = pair.receive.enable_interrupts(0);
         if pair.starved.is_some() {
             // Not at the first free buffer, but when sending a batch is worth waking up for.

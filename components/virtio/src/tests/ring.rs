@@ -121,6 +121,8 @@ fn run(size: u16, event_idx: bool, indirect: bool, start: u16, steps: &[Step]) {
     let mut next_token = 0u64;
     let mut expected: Vec<(u64, u32)> = Vec::new();
     let mut device_awake = false;
+    // The device asked for a kick, found that there was more, and stayed awake: one doorbell may come for nothing.
+    let mut wished = false;
     // Whether the driver waits for an interrupt, and after how many it is due.
     let mut armed: Option<u16> = None;
     for step in steps {
@@ -145,12 +147,13 @@ fn run(size: u16, event_idx: bool, indirect: bool, start: u16, steps: &[Step]) {
                     assert!(kick, "a sleeping device was not woken");
                 }
                 if added == 0 {
-                    assert!(!kick, "a doorbell for nothing");
+                    assert!(!kick || wished, "a doorbell for nothing");
                 }
                 if event_idx && device_awake {
-                    assert!(!kick, "a doorbell for a device that is awake");
+                    assert!(!kick || wished, "a doorbell for a device that is awake");
                 }
                 device_awake |= kick;
+                wished &= !kick;
                 assert!(!pair.driver.publish(), "a doorbell for nothing");
             }
             Step::Serve(count, reverse) => {
@@ -190,6 +193,7 @@ fn run(size: u16, event_idx: bool, indirect: bool, start: u16, steps: &[Step]) {
                 }
                 // Sleeps when there is no more; that there is none is looked at after asking for a kick.
                 device_awake = pair.device.enable_notification(&pair.memory).unwrap();
+                wished |= device_awake;
             }
             Step::Reap(count) => {
                 pair.driver.disable_interrupts();
@@ -268,6 +272,21 @@ proptest! {
     ) {
         run(16, event_idx, indirect, 65_535 - before, &steps);
     }
+}
+
+/// The device goes to sleep while we publish, and neither sees what the other wrote last.
+#[test]
+fn a_wish_that_came_too_late_is_granted_with_the_next_look() {
+    let mut pair = Pair::new(16, true, false);
+    assert!(pair.add(8, 0, 0) && pair.driver.publish());
+    assert!(pair.device.pop_descriptor_chain(&pair.memory).is_some());
+    assert!(pair.add(8, 0, 1) && !pair.driver.publish(), "a doorbell for a device that is awake");
+    // It wants to hear of the second chain, which it has not seen.
+    let wish = pair.driver.addresses().device + 4 + 8 * 16;
+    pair.machine.arena().write(wish, &1u16.to_le_bytes()).unwrap();
+    assert!(pair.driver.publish());
+    assert!(!pair.driver.publish(), "a doorbell for nothing");
+    pair.end();
 }
 
 #[test]
