@@ -30,6 +30,8 @@ struct Cli {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
+    /// The simulation: how long a network takes to live, and to come up.
+    Sim,
     /// Reading ext4 in a process, beside dd from a loop mount (root).
     Vfs,
     /// Instructions from the first one to main, beside a Debian guest.
@@ -45,6 +47,7 @@ enum Bench {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.bench {
+        Bench::Sim => runner::sim::records(),
         Bench::Vfs => runner::vfs::bench(&cli.dir),
         Bench::Boot => programs().and_then(|programs| runner::boot::bench(&programs, &cli.dir)),
         Bench::Image => programs().and_then(|programs| runner::image::bench(&programs, &cli.dir)),
