@@ -1,5 +1,5 @@
 //! Runs reproducers, or with `--target NAME` bare inputs, without a fuzzer around: for a debugger, and for `anykernel fuzz`.
-//! Says `passed` for each that finds nothing.
+//! A folder means every file in it. Says `passed` for each that finds nothing.
 
 use anykernel_fuzz::reproducer::Reproducer;
 use anykernel_fuzz::{Target, watch};
@@ -22,9 +22,20 @@ fn main() -> ExitCode {
         eprintln!("reproduce: which? reproduce [--target NAME] FILE...");
         return ExitCode::from(2);
     }
-    anykernel_fuzz::grow_plant();
+    anykernel_fuzz::prepare();
     watch::tell_refusals();
+    let (mut paths, mut many) = (Vec::new(), false);
     for path in arguments {
+        match std::fs::read_dir(&path) {
+            Ok(folder) => {
+                many = true;
+                paths.extend(folder.flatten().map(|entry| entry.path().display().to_string()));
+            }
+            Err(_) => paths.push(path),
+        }
+    }
+    paths.sort();
+    for path in paths {
         let file = match std::fs::read(&path) {
             Ok(file) => file,
             Err(error) => {
@@ -52,7 +63,9 @@ fn main() -> ExitCode {
             hypercall::planted::grow(reproducer.plant);
         }
         target.execute(reproducer.input);
-        println!("{path}: passed");
+        if !many {
+            println!("{path}: passed");
+        }
     }
     ExitCode::SUCCESS
 }

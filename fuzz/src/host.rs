@@ -141,7 +141,7 @@ impl FuzzHost {
     fn shared(self, block: &DmaBlock, offset: usize, len: usize) -> Vec<u8> {
         assert!(offset + len <= block.len, "{len} bytes at {offset} are outside {block:?}");
         let at = (block.device.0 - DMA_BASE) as usize + offset;
-        assert!(len > 8 || at.is_multiple_of(len), "{len} bytes at {offset} are not aligned");
+        assert!(len == 0 || len > 8 || at.is_multiple_of(len), "{len} bytes at {offset} are not aligned");
         lock(&self.0.dma).slice(at, len).expect("inside").to_vec()
     }
 

@@ -75,14 +75,20 @@ pub fn execute(name: &str, data: &[u8]) {
 #[macro_export]
 macro_rules! fuzz_target {
     ($name:literal) => {
-        libfuzzer_sys::fuzz_target!(init: $crate::grow_plant(), |data: &[u8]| $crate::execute($name, data));
+        libfuzzer_sys::fuzz_target!(init: $crate::prepare(), |data: &[u8]| $crate::execute($name, data));
     };
 }
 
-/// Lets the bug that `ANYKERNEL_PLANT` names grow.
-pub fn grow_plant() {
-    #[cfg(feature = "planted")]
+/// What the environment asks for, before the first execution: the bug that `ANYKERNEL_PLANT` names grows, if the build has
+/// plants, and with `ANYKERNEL_TELL_REFUSALS` a refused allocation prints its place.
+pub fn prepare() {
+    if std::env::var_os("ANYKERNEL_TELL_REFUSALS").is_some() {
+        watch::tell_refusals();
+    }
     if let Ok(name) = std::env::var("ANYKERNEL_PLANT") {
+        #[cfg(feature = "planted")]
         hypercall::planted::grow(&name);
+        #[cfg(not(feature = "planted"))]
+        panic!("this build cannot have the planted bug {name}");
     }
 }

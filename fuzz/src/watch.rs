@@ -12,12 +12,13 @@ std::thread_local! {
     static LIVE: Cell<usize> = const { Cell::new(0) };
     static CEILING: Cell<usize> = const { Cell::new(usize::MAX) };
     static LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
+    static REFUSED: Cell<usize> = const { Cell::new(0) };
     static LEAKS: Cell<bool> = const { Cell::new(false) };
     static TELL: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The system's allocator with a bound for each execution. Beyond it an allocation fails, as on a machine that has no
-/// more: code that can fail goes on, code that cannot ends the process.
+/// more: code that can fail goes on, code that cannot ends the process. Both are findings.
 struct Bounded;
 
 impl Bounded {
@@ -35,6 +36,7 @@ impl Bounded {
 /// Names the site, when asked to by [`tell_refusals`]: the last one before an abort is the culprit.
 #[cold]
 fn refused(size: usize) {
+    REFUSED.set(REFUSED.get().max(size));
     if TELL.replace(false) {
         let ceiling = CEILING.replace(usize::MAX);
         eprintln!("allocation of {size} bytes refused: over {MEMORY_BYTES} bytes in one execution");
@@ -115,6 +117,11 @@ pub(crate) fn bounded(run: impl Fn()) {
         LEAKS.set(false);
         run();
         CEILING.set(usize::MAX);
+        let refused = REFUSED.replace(0);
+        assert!(
+            refused == 0,
+            "an allocation of {refused} bytes was asked for, over {MEMORY_BYTES} in one execution"
+        );
         LIVE.get().wrapping_sub(before).cast_signed()
     };
     // What is made once (tables, thread-locals) grows the first time; a leak grows every time.

@@ -256,6 +256,27 @@ fn copy_name(packet: &DnsPacket<&[u8]>, at: &[u8]) -> Option<Vec<u8>> {
     Some(wire)
 }
 
+/// The planted bug: as [`copy_name`], but a pointer may lead anywhere, also to itself.
+fn follow_for_ever<'a>(message: &'a [u8], mut at: &'a [u8]) -> Option<Vec<u8>> {
+    let mut wire = Vec::new();
+    loop {
+        match at {
+            [0, ..] => break,
+            [high, low, ..] if *high >= 0xc0 => {
+                at = message.get(usize::from(high & 0x3f) << 8 | usize::from(*low)..)?
+            }
+            [len, rest @ ..] => {
+                wire.push(*len);
+                wire.extend(rest.get(..usize::from(*len))?);
+                at = rest.get(usize::from(*len)..)?;
+            }
+            [] => return None,
+        }
+    }
+    wire.push(0);
+    Some(wire)
+}
+
 /// Reads the answer to a question. `Ok(None)`: not an answer to it. `Err`: the server cannot tell.
 fn parse_answer(message: &[u8], id: u16, kind: DnsQueryType, name: &[u8]) -> Result<Option<Answer>> {
     let Ok(packet) = DnsPacket::new_checked(message) else { return Ok(None) };
@@ -286,6 +307,9 @@ fn parse_answer(message: &[u8], id: u16, kind: DnsQueryType, name: &[u8]) -> Res
             match record.data {
                 DnsRecordData::A(addr) if kind == DnsQueryType::A => addresses.push(IpAddr::V4(addr)),
                 DnsRecordData::Aaaa(addr) if kind == DnsQueryType::Aaaa => addresses.push(IpAddr::V6(addr)),
+                DnsRecordData::Cname(target) if hypercall::planted!("dns-compression-loop") => {
+                    alias = follow_for_ever(message, target);
+                }
                 DnsRecordData::Cname(target) => alias = copy_name(&packet, target),
                 _ => {}
             }

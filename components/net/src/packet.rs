@@ -174,6 +174,10 @@ impl Tcp {
         if header_len < 20 {
             return None;
         }
+        if hypercall::planted!("tcp-urgent-overflow") && fixed[13] & 32 != 0 {
+            let last_urgent = be32(fixed, 4)? + u32::from(be16(fixed, 18)?);
+            log::trace!("urgent up to {last_urgent}");
+        }
         Some(Self {
             src_port: be16(fixed, 0)?,
             dst_port: be16(fixed, 2)?,

@@ -271,7 +271,8 @@ impl<H: Dma, T> Queue<H, T> {
             chain.for_each(max_segment, &mut |segment| {
                 i += 1;
                 let next = self.link(at);
-                let more = if i < count { ring::DESC_NEXT } else { 0 };
+                let end = if hypercall::planted!("descriptor-off-by-one") { count + 1 } else { count };
+                let more = if i < end { ring::DESC_NEXT } else { 0 };
                 let flags = more | if segment.write { ring::DESC_WRITE } else { 0 };
                 let entry = Segment16 { addr: segment.addr, len: segment.len, flags, next };
                 self.write_descriptor(usize::from(at) * ring::DESC_BYTES, entry);
@@ -356,6 +357,9 @@ impl<H: Dma, T> Queue<H, T> {
         }
         let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.used & self.mask);
         let id = u32::from_le(self.memory.device_u32(at));
+        if hypercall::planted!("ring-toctou") {
+            self.check_and_read_again(at, id);
+        }
         let len = u32::from_le(self.memory.device_u32(at + 4));
         let unpublished = self.avail.wrapping_sub(self.published);
         let entry = usize::try_from(id)
@@ -388,6 +392,16 @@ impl<H: Dma, T> Queue<H, T> {
         // SAFETY: the device returned this head, which was in flight.
         let chain = unsafe { entry.lent.reclaim() };
         Ok(Some(Returned { token: entry.token, chain, len }))
+    }
+
+    /// The planted bug: what was checked is read again, and used unchecked.
+    fn check_and_read_again(&self, at: usize, id: u32) {
+        if (id as usize) < self.heads.len() {
+            let again = u32::from_le(self.memory.device_u32(at));
+            #[expect(clippy::indexing_slicing, reason = "planted")]
+            let known = self.heads[again as usize].is_some();
+            log::trace!("{again} is in flight: {known}");
+        }
     }
 
     fn used_event(&self, event: u16) {

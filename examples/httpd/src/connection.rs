@@ -45,6 +45,10 @@ pub(crate) async fn serve<H: Host>(server: Arc<Server<H>>, stream: TcpStream) {
             let reply = status_reply(status, now, false, true, true);
             if connection.send_reply(reply.head, reply.body).await.is_ok() {
                 connection.drain().await;
+            } else {
+                // Not all of it was taken: that must not look like an end in order.
+                connection.server.broken.increment();
+                connection.stream.0.abort();
             }
         }
         End::Broken => {

@@ -41,7 +41,9 @@ pub(crate) fn parse(value: &str, size: u64) -> Ranges {
         let Some((first, last)) = spec.trim().split_once('-') else { return Ranges::Whole };
         match (digits(first), digits(last)) {
             (None, Some(suffix)) if first.is_empty() => {
-                if suffix > 0 && size > 0 {
+                if hypercall::planted!("http-range-overflow") && suffix > 0 && size > 0 {
+                    parts.push(ByteRange { first: size - suffix, last: size - 1 });
+                } else if suffix > 0 && size > 0 {
                     parts.push(ByteRange { first: size.saturating_sub(suffix), last: size - 1 });
                 }
             }

@@ -88,7 +88,8 @@ impl Hostile {
         let mut offered = features | 1 << 28 | 1 << 29 | if legacy { 0 } else { 1 << 32 };
         // Features that are switched off one by one.
         offered &= !u64::from(input.u32());
-        let mut lied = false;
+        // What it holds back may come too late.
+        let mut lied = how & 0x20 != 0;
         if how & 2 != 0 {
             for _ in 0..input.u8() & 7 {
                 let at = input.below(config.len());
@@ -292,7 +293,10 @@ impl Hostile {
                 self.status = if kind & 0x80 != 0 { 0 } else { self.status | 0x40 };
             }
             10 => (self.interrupt, self.isr) = (true, self.isr | 1),
-            11 => self.held = kind & 0x10 != 0,
+            11 => {
+                self.lied();
+                self.held = kind & 0x10 != 0;
+            }
             12 => {
                 self.lied();
                 self.features = self.input.u64();

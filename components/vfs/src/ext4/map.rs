@@ -80,15 +80,20 @@ fn extent_leaf<H: Host>(inode: &Ext4Inode<H>, block: u64) -> Result<Leaf> {
         let entries = usize::from(le16(&node, 2).ok_or_else(broken)?);
         let room = usize::from(le16(&node, 4).ok_or_else(broken)?);
         let depth = le16(&node, 6).ok_or_else(broken)?;
+        let unchecked = hypercall::planted!("unchecked-extent");
         if magic != EXTENT_MAGIC
-            || entries > room
-            || 12 + room * 12 > node.len()
+            || entries > room && !unchecked
+            || 12 + room * 12 > node.len() && !unchecked
             || depth > MAX_DEPTH
             || expected.is_some_and(|expected| expected != depth)
         {
             return Err(broken());
         }
-        let entry = |at: usize| node.get(12 + at * 12..24 + at * 12).ok_or_else(broken);
+        #[expect(clippy::indexing_slicing, reason = "planted")]
+        let entry = |at: usize| match unchecked {
+            true => Ok(&node[12 + at * 12..24 + at * 12]),
+            false => node.get(12 + at * 12..24 + at * 12).ok_or_else(broken),
+        };
         if depth == 0 {
             let runs = extents(inode, (0..entries).map(entry), from, to)?;
             return Ok(Leaf { from, to, runs });

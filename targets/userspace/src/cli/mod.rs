@@ -3,6 +3,7 @@
 mod copy;
 mod demo;
 mod files;
+mod fuzz;
 mod image;
 mod manifest;
 mod replay;
@@ -45,6 +46,7 @@ enum Command {
     Cat(files::Cat),
     Cp(files::Cp),
     Usb(usb::Usb),
+    Fuzz(fuzz::Fuzz),
     Manifest(manifest::Manifest),
     Schema(manifest::Schema),
 }
@@ -67,6 +69,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Cat(command) => command.run(),
         Command::Cp(command) => command.run(),
         Command::Usb(command) => command.run(),
+        Command::Fuzz(command) => command.run(),
         Command::Manifest(command) => command.run(),
         Command::Schema(command) => command.run(),
     };

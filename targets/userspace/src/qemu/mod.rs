@@ -31,6 +31,7 @@ mod watch;
 
 pub use accel::Accelerator;
 pub use machine::Machine;
+pub(crate) use process::die_with_parent;
 pub use process::{End, Process};
 
 use hypercall::ExitStatus;

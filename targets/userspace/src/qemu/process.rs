@@ -116,7 +116,7 @@ pub(super) fn terminate(pid: u32) {
 /// The kernel ends the child when the thread that starts it ends, however that comes about; and the terminal's Ctrl-C
 /// reaches only us, who then end it.
 #[expect(unsafe_code, reason = "runs between fork and exec")]
-pub(super) fn die_with_parent(command: &mut Command) {
+pub(crate) fn die_with_parent(command: &mut Command) {
     use std::os::unix::process::CommandExt;
     command.process_group(0);
     // SAFETY: the closure makes one system call and touches no memory of the parent.

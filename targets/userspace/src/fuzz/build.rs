@@ -1,0 +1,163 @@
+//! Building what `fuzz/` holds.
+
+use super::Options;
+use crate::Failure;
+use crate::qemu::build as tool;
+use std::path::PathBuf;
+use std::process::Command;
+
+/// What watches memory beside the language.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sanitizer {
+    /// Nothing: components are safe Rust but for a few modules, and this is several times faster.
+    None,
+    /// AddressSanitizer.
+    Address,
+}
+
+/// The folders of a target.
+pub(super) struct Folders {
+    /// What was found so far, here.
+    pub(super) corpus: PathBuf,
+    /// What comes with the source.
+    pub(super) seeds: PathBuf,
+    /// Words of the format, if somebody wrote them down.
+    pub(super) dictionary: Option<PathBuf>,
+    /// Findings.
+    pub(super) artifacts: PathBuf,
+}
+
+/// The flags of libFuzzer's coverage, as cargo-fuzz passes them.
+const COVERAGE: [&str; 6] = [
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "-Cforce-frame-pointers",
+];
+
+/// Where `fuzz/` is.
+pub(super) fn folder() -> Result<PathBuf, Failure> {
+    let folder = tool::workspace()?.join("fuzz");
+    if folder.join("Cargo.toml").is_file() {
+        return Ok(folder);
+    }
+    Err(Failure::new(format!("{} is not there: fuzzing needs the whole source tree", folder.display())))
+}
+
+/// The names of all targets with what they attack, from the harness itself.
+///
+/// Builds it, without a fuzzer around.
+pub fn targets() -> Result<Vec<(String, String)>, Failure> {
+    let output = Command::new(reproduce(false)?)
+        .arg("--list")
+        .output()
+        .map_err(|error| Failure::new(format!("listing the targets: {error}")))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let row = |line: &str| {
+        let mut parts = line.split('\t');
+        Some((parts.next()?.to_owned(), parts.nth(1)?.to_owned()))
+    };
+    Ok(text.lines().filter_map(row).collect())
+}
+
+fn cargo() -> Result<Command, Failure> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(folder()?);
+    // Whatever a surrounding cargo set for its own build.
+    command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("CARGO_TARGET_DIR");
+    Ok(command)
+}
+
+/// The compiler's own triple, and where its tools are.
+pub(super) fn rustc() -> Result<(String, PathBuf), Failure> {
+    let ask = |arguments: &[&str]| {
+        let output = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
+            .args(arguments)
+            .output()
+            .map_err(|error| Failure::new(format!("rustc: {error}")))?;
+        Ok::<_, Failure>(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let version = ask(&["-vV"])?;
+    let host = version
+        .lines()
+        .find_map(|line| line.strip_prefix("host: "))
+        .ok_or_else(|| Failure::new("rustc -vV does not say its host"))?;
+    let tools = PathBuf::from(ask(&["--print", "sysroot"])?).join("lib/rustlib").join(host).join("bin");
+    Ok((host.into(), tools))
+}
+
+/// Builds the program that runs one input without a fuzzer, and says where it is.
+pub(super) fn reproduce(planted: bool) -> Result<PathBuf, Failure> {
+    let mut command = cargo()?;
+    let target_dir = if planted { "target/planted" } else { "target" };
+    command.args(["build", "--release", "--no-default-features", "--example", "reproduce"]);
+    command.args(["--target-dir", target_dir]);
+    if planted {
+        command.args(["--features", "planted"]);
+    }
+    tool::step("building the harness", command)?;
+    Ok(folder()?.join(target_dir).join("release/examples/reproduce"))
+}
+
+/// Builds the program of a target.
+pub(super) fn target(options: &Options) -> Result<PathBuf, Failure> {
+    let name = &options.target;
+    let known = folder()?.join("fuzz_targets").join(format!("{name}.rs")).is_file();
+    if !known || name.contains('/') {
+        let known = std::fs::read_dir(folder()?.join("fuzz_targets")).into_iter().flatten().flatten();
+        let mut names: Vec<String> = known
+            .filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".rs")?.to_owned()))
+            .collect();
+        names.sort();
+        return Err(Failure::usage(format!("there is no target {name}; there are {}", names.join(", "))));
+    }
+    let (host, _) = rustc()?;
+    let mut flags = COVERAGE.join(" ") + " --cfg fuzzing";
+    let mut target_dir = String::from("target/fuzz");
+    if options.sanitizer == Sanitizer::Address {
+        flags += " -Zsanitizer=address";
+        target_dir += "-address";
+    }
+    let mut command = cargo()?;
+    // Coverage passes are behind a switch of the compiler; it is the same compiler.
+    command.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", flags);
+    command.args(["build", "--release", "--bin", name, "--target", &host, "--target-dir", &target_dir]);
+    if options.plant.is_some() {
+        command.args(["--features", "planted"]);
+    }
+    tool::step(&format!("building the target {name}"), command)?;
+    let program = folder()?.join(&target_dir).join(&host).join("release").join(name);
+    // A copy of its own, because a build for a plant and one without share the place.
+    let kind = if options.plant.is_some() { "planted" } else { "plain" };
+    let copy = folder()?.join(&target_dir).join(format!("{name}-{kind}"));
+    std::fs::copy(&program, &copy).map_err(|error| Failure::new(format!("{}: {error}", copy.display())))?;
+    Ok(copy)
+}
+
+/// The folders of a target; those that are written to exist.
+pub(super) fn folders(target: &str, plant: Option<&str>) -> Result<Folders, Failure> {
+    let top = folder()?;
+    // What a planted bug leads to is no seed for anybody, and it has to be found anew each time.
+    let corpus = match plant {
+        Some(plant) => {
+            let corpus = top.join("target/planted-corpus").join(plant);
+            let _ = std::fs::remove_dir_all(&corpus);
+            corpus
+        }
+        None => top.join("target/corpus").join(target),
+    };
+    let make = |path: PathBuf| {
+        std::fs::create_dir_all(&path)
+            .map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
+        Ok::<_, Failure>(path)
+    };
+    let dictionary = top.join("dictionaries").join(format!("{target}.dict"));
+    Ok(Folders {
+        corpus: make(corpus)?,
+        seeds: make(top.join("corpus").join(target))?,
+        dictionary: dictionary.is_file().then_some(dictionary),
+        artifacts: make(top.join("artifacts").join(target))?,
+    })
+}
