@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod contract;
+pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod linux;

@@ -2,6 +2,7 @@
 //!
 //! One subcommand per job; CI runs the same ones that a person does.
 
+mod fuzz;
 mod http;
 mod images;
 mod install;

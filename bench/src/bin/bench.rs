@@ -42,6 +42,8 @@ enum Bench {
     Net,
     /// A contract call beside a plain call, in every target.
     Contract,
+    /// Executions of the fuzz targets, beside a process for each.
+    Fuzz,
 }
 
 fn main() -> ExitCode {
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Bench::Image => programs().and_then(|programs| runner::image::bench(&programs, &cli.dir)),
         Bench::Net => programs().and_then(|programs| runner::net::bench(&cli.anykernel, &programs, &cli.dir)),
         Bench::Contract => runner::contract::bench(&cli.anykernel),
+        Bench::Fuzz => runner::fuzz::bench(&cli.anykernel),
     };
     let drawn = result.and_then(|records| {
         records.iter().for_each(|record| record.print(cli.json));
