@@ -33,6 +33,7 @@ pub fn static_config(ipv6: &str) -> Config {
         ipv6: ipv6.into(),
         gateway: Some("10.0.0.1".into()),
         dns: vec!["10.0.0.1".into()],
+        ..Interface::default()
     };
     let mut config = Config { interfaces: vec![interface], ..Config::default() };
     (config.tcp.receive_bytes, config.tcp.send_bytes, config.tcp.connections) = (8192, 8192, 16);
