@@ -40,6 +40,8 @@ enum Task {
         /// Where to put it.
         output: std::path::PathBuf,
     },
+    /// Run every fuzz target for a few seconds, and look for every bug that was planted for the fuzzers.
+    Fuzz,
     /// Measure against peers in the same run: boot, image, net, vfs or contract.
     Bench {
         /// Which one.
@@ -74,6 +76,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Test { filter } => test::run(filter.as_deref()),
+        Task::Fuzz => sh::anykernel().and_then(|anykernel| fuzz::run(&anykernel)),
         Task::Install => install::everything(),
         Task::Image { output } => images::documentation(&output),
         Task::Bench { name, json, plot } => bench(&name, json, plot.as_deref()),
