@@ -52,6 +52,45 @@ fn make_tree(top: &Path) -> Result<()> {
     std::os::unix::fs::symlink("x/".repeat(60), top.join("a/slow")).map_err(io)
 }
 
+/// What sound USB devices send.
+fn usb_seeds(put: &dyn Fn(&str, &str, &[u8]) -> Result<()>) -> Result<()> {
+    let device = [18, 1, 0, 2, 0, 0, 0, 64, 9, 18, 1, 0, 0, 1, 1, 2, 3, 1];
+    put("usb_descriptors", "device", &device)?;
+    let storage = [
+        9, 2, 44, 0, 1, 1, 0, 128, 50, 9, 4, 0, 0, 2, 8, 6, 80, 0, 7, 5, 129, 2, 0, 4, 0, 6, 48, 15, 0, 0, 0,
+        7, 5, 2, 2, 0, 4, 0, 6, 48, 15, 0, 0, 0,
+    ];
+    put("usb_descriptors", "storage", &storage)?;
+    put("usb_descriptors", "string", &[8, 3, b'a', 0, 0x3d, 0xd8, 0, 0xde])?;
+    let keyboard = [
+        5, 1, 9, 6, 161, 1, 5, 7, 25, 224, 41, 231, 21, 0, 37, 1, 117, 1, 149, 8, 129, 2, 149, 1, 117, 8,
+        129, 1, 149, 6, 117, 8, 21, 0, 37, 101, 5, 7, 25, 0, 41, 101, 129, 0, 192,
+    ];
+    let reports = [8, 2, 0, 4, 0, 0, 0, 0, 0, 8, 0, 0, 1, 1, 1, 1, 1, 1, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+    put("usb_hid", "keyboard", &[&[keyboard.len() as u8], &keyboard[..], &reports[..]].concat())?;
+    let mouse = [
+        5, 1, 9, 2, 161, 1, 133, 5, 5, 9, 25, 1, 41, 3, 21, 0, 37, 1, 149, 3, 117, 1, 129, 2, 149, 1, 117, 5,
+        129, 3, 5, 1, 9, 48, 9, 49, 21, 129, 37, 127, 117, 8, 149, 2, 129, 6, 192,
+    ];
+    put("usb_hid", "mouse", &[&[mouse.len() as u8], &mouse[..], &[4, 5, 1, 10, 246]].concat())?;
+    put("usb_hub", "usb2", &[9, 41, 4, 0, 0, 10, 0, 0, 255, 3, 5, 1, 0])?;
+    put("usb_hub", "usb3", &[12, 42, 4, 0, 0, 10, 0, 0, 0, 0, 0, 0, 3, 2, 17, 0])?;
+    let block = [
+        b'N', b'C', b'M', b'H', 12, 0, 1, 0, 48, 0, 28, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+        16, b'N', b'C', b'M', b'0', 20, 0, 0, 0, 12, 0, 8, 0, 20, 0, 8, 0, 0, 0, 0, 0,
+    ];
+    put("usb_ncm", "block", &block)?;
+    let parameters = [28, 0, 1, 0, 0, 64, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0, 0, 32, 0, 0, 4, 0, 2, 0, 4, 0, 0, 0];
+    let (head, rest) = block.split_at(8);
+    // As long as the transfer, parameters and all.
+    put("usb_ncm", "again", &[head, &[0, 0], &rest[2..], &parameters[..]].concat())?;
+    put("usb_storage", "status", &[7, 0, 0, 0, b'U', b'S', b'B', b'S', 7, 0, 0, 0, 0, 0, 0, 0, 0])?;
+    put("usb_storage", "sense", &[0x70, 0, 6, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x28, 0, 0, 0, 0, 0])?;
+    let inquiry = b"\0\x80\x04\x02\x1f\0\0\0QEMU    QEMU HARDDISK   2.5+";
+    put("usb_storage", "inquiry", inquiry)?;
+    put("usb_storage", "capacity", &[0, 0, 0, 0, 255, 255, 255, 255, 0, 0, 2, 0])
+}
+
 struct Maker {
     scratch: PathBuf,
     images: PathBuf,
@@ -167,6 +206,7 @@ fn corpus(top: &Path) -> Result<()> {
             put("partition", &format!("table-{table}-{mounts:02x}"), &[table | mounts])?;
         }
     }
+    usb_seeds(&put)?;
     for how in 0..8u8 {
         let blk =
             [how, 12, 0, 0, 3, 1, 0, 5, 8, 4, 5, 11, 2, 3, 9, 5, 0, 0, 0, 0, 0, 20, 0, 4, 4, 0, 3, 2, 5, 1];

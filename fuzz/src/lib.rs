@@ -15,6 +15,7 @@ pub mod http;
 pub mod input;
 pub mod net;
 pub mod reproducer;
+pub mod usb;
 pub mod virtio;
 pub mod watch;
 
@@ -49,6 +50,11 @@ targets! {
     "http", "the HTTP server, with clients that send and take what they like", 2048, http::run;
     "partition", "partition tables and everything that mounts by itself", 8192, fs::partition::run;
     "tcp", "segments against a connection in every state; the streams are checked byte by byte", 2048, net::tcp::run;
+    "usb_descriptors", "device, configuration and string descriptors of a USB device", 1024, usb::descriptors;
+    "usb_hid", "report descriptors of input devices, and their reports", 1024, usb::hid;
+    "usb_hub", "descriptors and port states of a USB hub", 256, usb::hub;
+    "usb_ncm", "blocks of Ethernet frames from a USB network device", 4096, usb::ncm;
+    "usb_storage", "status wrappers and SCSI answers of a USB disk", 256, usb::storage;
     "virtio_blk", "the virtio-blk driver against a device that breaks every rule", 1024, virtio::blk::run;
     "virtio_net", "the virtio-net driver against a device that breaks every rule", 1024, virtio::net::run;
 }

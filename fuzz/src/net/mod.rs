@@ -29,6 +29,7 @@ pub struct Station {
 /// The configuration of 10.0.0.2, whose router and name server is 10.0.0.1.
 pub fn static_config(ipv6: &str) -> Config {
     let interface = Interface {
+        routes: Vec::new(),
         ipv4: "10.0.0.2/24".into(),
         ipv6: ipv6.into(),
         gateway: Some("10.0.0.1".into()),
