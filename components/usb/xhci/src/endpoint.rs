@@ -5,7 +5,7 @@
 
 use crate::context::EndpointContext;
 use crate::dma::{Lent, Quiet};
-use crate::ring::Producer;
+use crate::ring::{Producer, Written};
 use crate::trb::{self, Trb, bit, kind};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
@@ -27,8 +27,8 @@ pub(crate) struct InFlight<H: Dma> {
     pub(crate) number: u64,
     /// How many blocks it takes.
     blocks: usize,
-    /// Index of the first on the ring; `None`: not there yet.
-    first: Option<usize>,
+    /// Where on the ring; `None`: not there yet.
+    written: Option<Written>,
     /// Bytes that were moved, as far as that is known.
     pub(crate) actual: usize,
     /// To be ended at the next chance.
@@ -39,7 +39,7 @@ impl<H: Dma> InFlight<H> {
     /// A transfer whose buffers were mapped.
     pub(crate) fn new(transfer: Transfer, buffers: Vec<Lent<H>>, number: u64) -> Self {
         let bytes = buffers.iter().map(Lent::len).sum();
-        Self { transfer, buffers, bytes, number, blocks: 0, first: None, actual: 0, cancelled: false }
+        Self { transfer, buffers, bytes, number, blocks: 0, written: None, actual: 0, cancelled: false }
     }
 
     pub(crate) fn is_control(&self) -> bool {
@@ -70,7 +70,12 @@ impl<H: Dma> InFlight<H> {
     }
 
     fn holds(&self, index: usize) -> bool {
-        self.first.is_some_and(|first| (first..first + self.blocks).contains(&index))
+        self.first().is_some_and(|first| (first..first + self.blocks).contains(&index))
+    }
+
+    /// Index of its first block on the ring.
+    fn first(&self) -> Option<usize> {
+        self.written.map(|written| written.first)
     }
 
     /// Its blocks, in `out`.
@@ -223,14 +228,14 @@ impl<H: Dma + Copy> Endpoint<H> {
         if !self.running {
             return;
         }
-        let waiting = self.in_flight.iter().position(|one| one.first.is_none());
+        let waiting = self.in_flight.iter().position(|one| one.written.is_none());
         let Some(mut next) = waiting else { return };
-        let mut oldest = self.in_flight.front().and_then(|one| one.first);
+        let mut oldest = self.in_flight.front().and_then(|one| one.written).map(|one| one.from);
         while let Some(transfer) = self.in_flight.get_mut(next) {
             transfer.write(self.max_packet, self.target, scratch);
-            let Some(first) = self.ring.push(scratch, oldest) else { return };
-            transfer.first = Some(first);
-            oldest = oldest.or(Some(first));
+            let Some(written) = self.ring.push(scratch, oldest) else { return };
+            transfer.written = Some(written);
+            oldest = oldest.or(Some(written.from));
             self.rung = true;
             next += 1;
         }
@@ -238,7 +243,7 @@ impl<H: Dma + Copy> Endpoint<H> {
 
     /// Finds the transfer that an event is about, by our number for it.
     pub(crate) fn find_number(&self, number: u64) -> Option<Found> {
-        let position = self.in_flight.iter().position(|one| one.number == number && one.first.is_some())?;
+        let position = self.in_flight.iter().position(|one| one.number == number && one.written.is_some())?;
         let transfer = self.in_flight.get(position)?;
         Some(Found { position, last: !transfer.is_control(), before: 0, here: transfer.bytes })
     }
@@ -249,7 +254,7 @@ impl<H: Dma + Copy> Endpoint<H> {
         let position = self.in_flight.iter().position(|one| one.holds(index))?;
         let transfer = self.in_flight.get(position)?;
         transfer.write(self.max_packet, self.target, scratch);
-        let at = index - transfer.first?;
+        let at = index - transfer.first()?;
         Some(Found {
             position,
             last: at + 1 == transfer.blocks,
@@ -277,11 +282,11 @@ impl<H: Dma + Copy> Endpoint<H> {
     pub(crate) fn resume_in_place(&mut self, dequeue: u64) -> bool {
         let Some(index) = self.ring.index_of(dequeue) else { return false };
         let Some(front) = self.in_flight.front() else { return false };
-        if front.cancelled || !front.holds(index) || front.first == Some(index) {
+        if front.cancelled || !front.holds(index) || front.first() == Some(index) {
             return false;
         }
         for transfer in self.in_flight.iter().filter(|one| one.cancelled) {
-            if let Some(first) = transfer.first {
+            if let Some(first) = transfer.first() {
                 self.ring.blank(first, transfer.blocks);
             }
         }
@@ -292,7 +297,7 @@ impl<H: Dma + Copy> Endpoint<H> {
     pub(crate) fn rewind(&mut self) {
         self.ring.reset();
         for transfer in &mut self.in_flight {
-            (transfer.first, transfer.actual) = (None, 0);
+            (transfer.written, transfer.actual) = (None, 0);
         }
     }
 

@@ -18,6 +18,15 @@ fn write<H: Dma>(memory: &DmaMemory<H>, index: usize, block: Trb, cycle: bool) {
     memory.write32(at + 12, block.control & !bit::CYCLE | u32::from(cycle));
 }
 
+/// Where a piece was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Index of its first block.
+    pub(crate) first: usize,
+    /// From here on the controller may still read as long as the piece is in flight: the link in front of it, if there is one.
+    pub(crate) from: usize,
+}
+
 /// A ring that we fill.
 pub(crate) struct Producer<H: Dma> {
     memory: DmaMemory<H>,
@@ -70,11 +79,12 @@ impl<H: Dma> Producer<H> {
         }
     }
 
-    /// Writes `blocks` in one piece and hands them over; returns the index of the first. See [`Producer::room`].
+    /// Writes `blocks` in one piece and hands them over; says where they are. See [`Producer::room`].
     ///
     /// A link is written wherever the piece does not fit before the end, so that no transfer has one in its middle.
-    pub(crate) fn push(&mut self, blocks: &[Trb], oldest: Option<usize>) -> Option<usize> {
+    pub(crate) fn push(&mut self, blocks: &[Trb], oldest: Option<usize>) -> Option<Written> {
         let place = self.room(blocks.len(), oldest)?;
+        let from = self.enqueue;
         if place != self.enqueue {
             // What lies behind the link was perhaps not written in this lap: it must not look valid in the next.
             for index in self.enqueue + 1..self.len() {
@@ -91,7 +101,7 @@ impl<H: Dma> Producer<H> {
         }
         write(&self.memory, place, *first, self.cycle);
         self.enqueue = place + blocks.len();
-        Some(place)
+        Some(Written { first: place, from })
     }
 
     /// Turns the `count` blocks from `first` on into blocks that do nothing. The controller must not be reading the ring.
@@ -111,8 +121,8 @@ impl<H: Dma> Producer<H> {
 pub(crate) struct Commands<H: Dma, T> {
     ring: Producer<H>,
     pending: Vec<Option<T>>,
-    /// Index of the oldest in flight, in the order of the ring.
-    in_flight: alloc::collections::VecDeque<usize>,
+    /// Where those in flight are, in the order of the ring.
+    in_flight: alloc::collections::VecDeque<Written>,
 }
 
 impl<H: Dma, T> Commands<H, T> {
@@ -130,13 +140,12 @@ impl<H: Dma, T> Commands<H, T> {
 
     /// Hands a command over, or gives it back: no room now.
     pub(crate) fn push(&mut self, block: Trb, token: T) -> Result<(), T> {
-        let Some(index) = self.ring.push(&[block], self.in_flight.front().copied()) else {
-            return Err(token);
-        };
-        if let Some(place) = self.pending.get_mut(index) {
+        let oldest = self.in_flight.front().map(|written| written.from);
+        let Some(written) = self.ring.push(&[block], oldest) else { return Err(token) };
+        if let Some(place) = self.pending.get_mut(written.first) {
             *place = Some(token);
         }
-        self.in_flight.push_back(index);
+        self.in_flight.push_back(written);
         Ok(())
     }
 
@@ -144,14 +153,14 @@ impl<H: Dma, T> Commands<H, T> {
     pub(crate) fn take(&mut self, address: u64) -> Option<T> {
         let index = self.ring.index_of(address)?;
         let token = self.pending.get_mut(index)?.take()?;
-        self.in_flight.retain(|one| *one != index);
+        self.in_flight.retain(|one| one.first != index);
         Some(token)
     }
 
     /// All in flight, oldest first.
     pub(crate) fn drain(&mut self) -> Vec<T> {
         let pending = &mut self.pending;
-        self.in_flight.drain(..).filter_map(|index| pending.get_mut(index)?.take()).collect()
+        self.in_flight.drain(..).filter_map(|one| pending.get_mut(one.first)?.take()).collect()
     }
 
     pub(crate) fn free(self, quiet: &Quiet) {
@@ -214,5 +223,113 @@ impl<H: Dma + Copy> Events<H> {
     pub(crate) fn free(self, quiet: &Quiet) {
         self.memory.free(quiet);
         self.table.free(quiet);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hypercall::testing::TestHost;
+
+    /// The controller's side of a transfer ring: reads as far as the cycle bit lets it.
+    struct Reader {
+        at: usize,
+        cycle: bool,
+    }
+
+    impl Reader {
+        fn next<H: Dma + Copy>(&mut self, ring: &Producer<H>) -> Option<u64> {
+            loop {
+                let at = self.at * trb::BYTES;
+                let control = ring.memory.read32(at + 12);
+                if (control & bit::CYCLE != 0) != self.cycle {
+                    return None;
+                }
+                if control & kind::MASK == kind::LINK {
+                    assert_eq!(ring.memory.read64(at), ring.memory.device_addr(0));
+                    assert_ne!(control & bit::TOGGLE, 0);
+                    (self.at, self.cycle) = (0, !self.cycle);
+                    continue;
+                }
+                self.at += 1;
+                return Some(ring.memory.read64(at));
+            }
+        }
+    }
+
+    /// Pieces of all lengths, so that links come at other places in each lap, and the reader is up to a few behind.
+    #[test]
+    fn a_reader_sees_every_block_once_and_in_order() {
+        let mut ring = Producer::new(TestHost::new(), 32).unwrap();
+        let mut reader = Reader { at: 0, cycle: true };
+        // Where the reader may still be, and length, of the pieces that were not read whole.
+        let mut pieces: alloc::collections::VecDeque<(usize, usize)> = Default::default();
+        let (mut written, mut seen, mut in_piece) = (0u64, 0u64, 0);
+        let mut seed = 1u32;
+        let mut random = |below: u32| {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (seed >> 16) % below
+        };
+        for _ in 0..20_000 {
+            let len = 1 + random(12) as usize;
+            let blocks: Vec<Trb> = (0..len as u64)
+                .map(|i| Trb { parameter: written + i, status: 0, control: kind::NORMAL })
+                .collect();
+            match ring.push(&blocks, pieces.front().map(|one| one.0)) {
+                Some(piece) => {
+                    pieces.push_back((piece.from, len));
+                    written += len as u64;
+                }
+                None => assert!(!pieces.is_empty(), "an empty ring has room for {len}"),
+            }
+            for _ in 0..random(14) {
+                let Some(parameter) = reader.next(&ring) else { break };
+                assert_eq!(parameter, seen, "after {written} blocks");
+                seen += 1;
+                in_piece += 1;
+                if pieces.front().is_some_and(|one| one.1 == in_piece) {
+                    pieces.pop_front();
+                    in_piece = 0;
+                }
+            }
+        }
+        while let Some(parameter) = reader.next(&ring) {
+            assert_eq!(parameter, seen);
+            seen += 1;
+        }
+        assert_eq!(seen, written);
+        assert!(written > 50_000);
+        ring.free(&Quiet::vouched());
+    }
+
+    #[test]
+    fn addresses_outside_name_no_block() {
+        let ring = Producer::new(TestHost::new(), 32).unwrap();
+        let start = ring.start() & !1;
+        assert_eq!(ring.index_of(start + 16), Some(1));
+        for wrong in [0, start - 16, start + 8, start + 32 * 16, u64::MAX] {
+            assert_eq!(ring.index_of(wrong), None, "{wrong:#x}");
+        }
+        ring.free(&Quiet::vouched());
+    }
+
+    #[test]
+    fn a_command_is_over_once() {
+        let mut commands = Commands::new(TestHost::new()).unwrap();
+        let start = commands.start() & !1;
+        let block = Trb::command(kind::ENABLE_SLOT, 0, 0, 0);
+        for token in 0..200 {
+            assert_eq!(commands.push(block, token), Ok(()));
+            let index = commands.in_flight[0].first as u64;
+            assert_eq!(commands.take(start + 16 * index), Some(token));
+            assert_eq!(commands.take(start + 16 * index), None);
+        }
+        let mut taken = 0;
+        while commands.push(block, taken).is_ok() {
+            taken += 1;
+        }
+        assert!(taken >= 60, "{taken}");
+        assert_eq!(commands.drain(), (0..taken).collect::<Vec<_>>());
+        commands.free(&Quiet::vouched());
     }
 }
