@@ -99,7 +99,8 @@ fn is_replayed(target: &str) {
     };
     let first = replay();
     assert_eq!(first["end"], "complete", "{target}");
-    assert!(first["calls"].as_u64().unwrap() > 1000, "{target}: {first}");
+    // Eight requests are far over a hundred calls on every target; a recording that began too late is none.
+    assert!(first["calls"].as_u64().unwrap() > 200, "{target}: {first}");
     assert_eq!(first, replay(), "{target}: twice the same hash");
 }
 
