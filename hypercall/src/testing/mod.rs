@@ -121,6 +121,12 @@ impl TestHost {
         }
     }
 
+    /// How many threads are parked on `word` now.
+    pub fn sleepers(&self, word: &AtomicU32) -> usize {
+        let key = core::ptr::from_ref(word).addr();
+        self.0.parked.lock().unwrap().get(&key).map_or(0, Vec::len)
+    }
+
     /// Whether `thread` is the caller.
     pub fn is_current(thread: ThreadId) -> bool {
         SELF.get().0 == thread.0
