@@ -130,8 +130,9 @@ pub(crate) struct Queue<H: Dma, T> {
     avail: u16,
     /// What the device was told.
     published: u16,
-    /// What it was told when the doorbell rang last.
-    kicked: u16,
+    /// How many of the last entries it was told of without a doorbell, at most the ring's size: an older wish is granted
+    /// already, and a count that could reach 2^16 would pass for none.
+    unrung: u16,
     /// The next used entry to look at.
     used: u16,
     /// The last `used.idx` seen, so that a batch reads it once.
@@ -171,7 +172,7 @@ impl<H: Dma, T> Queue<H, T> {
             in_flight: 0,
             avail: 0,
             published: 0,
-            kicked: 0,
+            unrung: 0,
             used: 0,
             used_seen: 0,
             interrupts: true,
@@ -311,20 +312,23 @@ impl<H: Dma, T> Queue<H, T> {
             // The device writes its wish, then reads our index; we write the index, then read its wish. Both need the
             // store done before the load, or both may miss the other (2.7.13.4.1).
             fence(SeqCst);
+            let added = self.avail.wrapping_sub(self.published);
+            self.unrung = self.unrung.saturating_add(added).min(self.options.size);
             self.published = self.avail;
         }
         let needed = if self.options.event_idx {
             let looks = if is_new { LOOKS } else { 1 };
+            let rung = self.published.wrapping_sub(self.unrung);
             (0..looks).any(|_| {
                 let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.options.size);
-                need_event(u16::from_le(self.memory.device_u16(at)), self.published, self.kicked)
+                need_event(u16::from_le(self.memory.device_u16(at)), self.published, rung)
             })
         } else {
             let wish = || u16::from_le(self.memory.device_u16(self.layout.used)) & ring::USED_NO_NOTIFY == 0;
             is_new && (0..LOOKS).any(|_| wish())
         };
         if needed {
-            self.kicked = self.published;
+            self.unrung = 0;
         }
         needed
     }

@@ -274,6 +274,21 @@ proptest! {
     }
 }
 
+/// A device that was awake for a whole turn of the indices is woken by whatever comes next.
+#[test]
+fn a_device_awake_for_65536_chains_is_woken_afterwards() {
+    for batch in 1..=16 {
+        let mut pair = Pair::new(16, true, false);
+        // The doorbell rang for the first chain only: with the batch, 2^16 were added since.
+        spin_to(&mut pair, (1u16).wrapping_sub(batch));
+        for token in 0..u64::from(batch) {
+            assert!(pair.add(8, 0, token));
+        }
+        assert!(pair.driver.publish(), "a sleeping device was not woken by {batch} chains");
+        pair.end();
+    }
+}
+
 /// The device goes to sleep while we publish, and neither sees what the other wrote last.
 #[test]
 fn a_wish_that_came_too_late_is_granted_with_the_next_look() {
