@@ -1,6 +1,7 @@
 //! The benchmarks, one module each; every one returns its records.
 
 pub mod boot;
+mod busy;
 pub mod contract;
 pub mod fuzz;
 pub mod guest;

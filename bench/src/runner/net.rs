@@ -2,6 +2,7 @@
 //!
 //! Everything runs in a network namespace of its own (root). All guests are up at once and are loaded in turns.
 
+use super::busy::{Busy, Shares};
 use super::{Result, linux, run};
 use crate::record::{Better, Record};
 use anykernel_userspace::qemu::Accelerator;
@@ -151,15 +152,18 @@ pub fn bench(anykernel: &Path, programs: &Path, dir: &Path) -> Result {
         ("http-4k", "1/s", 1.0),
         ("http-64k", "1/s", 1.0),
     ] {
-        let ours_at = if case.starts_with("http") { HTTP[2] } else { BENCH[2] };
+        let [tap, _, ours_at] = if case.starts_with("http") { HTTP } else { BENCH };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let mut busy = Vec::new();
         for _ in 0..RUNS {
+            let watched = Busy::watch(tap)?;
             ours.push(load(&netload, case, ours_at)?);
+            busy.push(watched.shares()?);
             theirs.push(load(&netload, case, LINUX[2])?);
         }
         let peer = if case.starts_with("http") { "nginx on Debian 6.1" } else { "Debian 6.1" };
         let record = Record::new(("net", case, "rumprun"), unit, Better::Higher, &ours, (peer, &theirs));
-        records.push(record.goal(goal));
+        records.push(record.goal(goal).note(Shares::mean(&busy).to_string()));
     }
     Ok(records)
 }
