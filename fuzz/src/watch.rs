@@ -9,8 +9,9 @@ const MEMORY_BYTES: usize = 48 << 20;
 const STEPS: u64 = 200_000;
 
 std::thread_local! {
-    static LIVE: Cell<usize> = const { Cell::new(0) };
-    static CEILING: Cell<usize> = const { Cell::new(usize::MAX) };
+    /// Below 0 in a thread that frees what another one allocated.
+    static LIVE: Cell<isize> = const { Cell::new(0) };
+    static CEILING: Cell<isize> = const { Cell::new(isize::MAX) };
     static LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
     static REFUSED: Cell<usize> = const { Cell::new(0) };
     static LEAKS: Cell<bool> = const { Cell::new(false) };
@@ -23,13 +24,18 @@ struct Bounded;
 
 impl Bounded {
     fn admit(size: usize) -> bool {
-        let live = LIVE.get();
-        if size > CEILING.get().saturating_sub(live) {
+        // A layout is never larger than this.
+        let after = LIVE.get().saturating_add(size.cast_signed());
+        if after > CEILING.get() {
             refused(size);
             return false;
         }
-        LIVE.set(live + size);
+        LIVE.set(after);
         true
+    }
+
+    fn gone(size: usize) {
+        LIVE.set(LIVE.get().saturating_sub(size.cast_signed()));
     }
 }
 
@@ -38,9 +44,11 @@ impl Bounded {
 fn refused(size: usize) {
     REFUSED.set(REFUSED.get().max(size));
     if TELL.replace(false) {
-        let ceiling = CEILING.replace(usize::MAX);
+        let (ceiling, live) = (CEILING.replace(isize::MAX), LIVE.get());
         eprintln!("allocation of {size} bytes refused: over {MEMORY_BYTES} bytes in one execution");
         eprintln!("{}", std::backtrace::Backtrace::force_capture());
+        // What the names of the frames were looked up in stays, and is not the execution's.
+        LIVE.set(live);
         CEILING.set(ceiling);
         TELL.set(true);
     }
@@ -63,7 +71,7 @@ unsafe impl GlobalAlloc for Bounded {
         unsafe { System.alloc_zeroed(layout) }
     }
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        LIVE.set(LIVE.get().wrapping_sub(layout.size()));
+        Self::gone(layout.size());
         // SAFETY: as the caller promises.
         unsafe { System.dealloc(at, layout) }
     }
@@ -72,7 +80,7 @@ unsafe impl GlobalAlloc for Bounded {
             return core::ptr::null_mut();
         }
         if new_size < layout.size() {
-            LIVE.set(LIVE.get().wrapping_sub(layout.size() - new_size));
+            Self::gone(layout.size() - new_size);
         }
         // SAFETY: as the caller promises.
         unsafe { System.realloc(at, layout, new_size) }
@@ -108,25 +116,65 @@ pub fn allow_leak() {
     LEAKS.set(true);
 }
 
+/// A panic lifts the bound of memory: what prints its stack needs more, and would be refused.
+fn lift_on_panic() {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        CEILING.set(isize::MAX);
+        before(panic);
+    }));
+}
+
 /// Runs one execution within its bounds, and then looks whether it left memory behind.
 pub(crate) fn bounded(run: impl Fn()) {
+    static LIFT: std::sync::Once = std::sync::Once::new();
+    LIFT.call_once(lift_on_panic);
     let once = || {
         let before = LIVE.get();
-        CEILING.set(before.saturating_add(MEMORY_BYTES));
+        CEILING.set(before.saturating_add(MEMORY_BYTES.cast_signed()));
         LEFT.set(STEPS);
         LEAKS.set(false);
         run();
-        CEILING.set(usize::MAX);
+        CEILING.set(isize::MAX);
         let refused = REFUSED.replace(0);
         assert!(
             refused == 0,
             "an allocation of {refused} bytes was asked for, over {MEMORY_BYTES} in one execution"
         );
-        LIVE.get().wrapping_sub(before).cast_signed()
+        LIVE.get() - before
     };
     // What is made once (tables, thread-locals) grows the first time; a leak grows every time.
     if once() > 0 && !LEAKS.get() && once() > 0 {
         let left = once();
         assert!(left <= 0, "{left} bytes are left behind by every execution");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_frees_what_is_not_its_own_can_allocate() {
+        let foreign = vec![0u8; 1 << 10];
+        let freed = std::thread::spawn(move || {
+            drop(foreign);
+            bounded(|| drop(std::hint::black_box(vec![0u8; 1 << 20])));
+            std::hint::black_box(vec![0u8; 1 << 20]).len()
+        });
+        assert_eq!(freed.join().ok(), Some(1 << 20));
+    }
+
+    #[test]
+    fn too_much_memory_and_a_leak_are_findings() {
+        let panics = |run: fn()| std::panic::catch_unwind(|| bounded(run)).is_err();
+        assert!(!panics(|| drop(std::hint::black_box(Vec::<u8>::with_capacity(MEMORY_BYTES - 100)))));
+        assert!(panics(|| {
+            let refused = Vec::<u8>::new().try_reserve_exact(std::hint::black_box(MEMORY_BYTES + 1));
+            assert!(refused.is_err());
+        }));
+        assert!(panics(|| std::mem::forget(std::hint::black_box(vec![0u8; 10]))));
+        // And the bound is gone.
+        assert_eq!(std::hint::black_box(vec![0u8; 2 * MEMORY_BYTES]).len(), 2 * MEMORY_BYTES);
     }
 }
