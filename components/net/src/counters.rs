@@ -66,7 +66,7 @@ counters! {
     drop_address = "net.drop.address",
     /// Dropped: fragments that overlap, are late, or exceed the bounds of reassembly.
     drop_fragment = "net.drop.fragment",
-    /// Dropped: data beyond the window.
+    /// Dropped: data beyond the window, or behind the end that the peer named.
     drop_window = "net.drop.window",
     /// Dropped: no listener, socket or connection for it (answered with an error where one is due).
     drop_no_socket = "net.drop.no_socket",

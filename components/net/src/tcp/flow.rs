@@ -177,7 +177,7 @@ impl Shard {
         if tcp.has(flag::SYN) && before == State::SynSent {
             (flow.progress.first_in, flow.progress.first_out) = (tcp.seq.wrapping_add(1), flow.emitted.seq);
         }
-        if flow.is_beyond_window(tcp) {
+        if flow.is_beyond_window(tcp) || flow.is_behind_end(tcp) {
             return self.io.counters.drop_window.increment();
         }
         if !flow.hear(tcp, self.now_ns) {

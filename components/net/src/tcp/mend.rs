@@ -17,8 +17,9 @@
 //!   not take them, and what it says begins after them. So news is told as if it began where it is expected. (What we
 //!   say ourselves is put right in [`super::egress`].)
 //!
-//! And one that has nothing to do with time: it scales the window that it said in a SYN, which is not scaled
-//! ([`SYN_WINDOW`]), and panics when a peer fills what it takes for the window.
+//! And two that have nothing to do with time: it scales the window that it said in a SYN, which is not scaled
+//! ([`SYN_WINDOW`]), and panics when a peer fills what it takes for the window; and it takes data that a peer sends behind
+//! its own FIN for more of the stream.
 
 use super::flow::{Flow, MIN_WAIT_NS, SLOW_NS};
 use crate::counters::NetCounters;
@@ -49,8 +50,7 @@ impl Flow {
     /// The sequence number that the engine expects (RCV.NXT).
     fn next_in(&self) -> Option<u32> {
         let socket = self.engine.as_ref()?.socket();
-        let closed = [State::CloseWait, State::Closing, State::LastAck, State::TimeWait];
-        let fin = u32::from(closed.contains(&socket.state()));
+        let fin = u32::from(self.has_ended());
         let Progress { first_in, taken, .. } = self.progress;
         Some(first_in.wrapping_add(taken).wrapping_add(socket.recv_queue() as u32 + fin))
     }
@@ -65,6 +65,21 @@ impl Flow {
     pub(super) fn is_beyond_window(&self, tcp: &Tcp) -> bool {
         let end = tcp.seq.wrapping_add(tcp.len as u32).wrapping_sub(self.progress.first_in);
         !self.emitted.scaled && tcp.len > 0 && end.cast_signed() > SYN_WINDOW.cast_signed()
+    }
+
+    /// Whether a segment has data behind the peer's FIN, which is to be ignored (RFC 9293, 3.10.7.4).
+    pub(super) fn is_behind_end(&self, tcp: &Tcp) -> bool {
+        if tcp.len == 0 || !self.has_ended() {
+            return false;
+        }
+        let end = tcp.seq.wrapping_add(tcp.len as u32);
+        self.next_in().is_some_and(|next| end.wrapping_sub(next.wrapping_sub(1)).cast_signed() > 0)
+    }
+
+    /// Whether the peer's FIN, and all before it, was taken.
+    fn has_ended(&self) -> bool {
+        let closed = [State::CloseWait, State::Closing, State::LastAck, State::TimeWait];
+        self.engine.as_ref().is_some_and(|engine| closed.contains(&engine.socket().state()))
     }
 
     /// Tells the engine what it would not see in the segment itself. `false`: there is nothing else in it.

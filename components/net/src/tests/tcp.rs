@@ -413,3 +413,28 @@ fn data_beyond_the_window_of_the_handshake_is_dropped() {
     });
     assert_eq!(received, sent);
 }
+
+/// RFC 9293, 3.10.7.4: in CLOSE-WAIT the text of a segment is ignored.
+#[test]
+fn data_behind_the_end_is_dropped() {
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.trace = Some(std::vec::Vec::new());
+    assert_eq!(world.send(0, client, &[1; 1000]), Some(Ok(1000)));
+    world.settle();
+    let mut frame = world.trace.take().unwrap().into_iter().find(|frame| frame.len() > 1000).unwrap();
+    world.shard(0, client).tcp_shutdown(client, Shutdown::Write).unwrap();
+    world.pass(SECOND);
+    let seq = u32::from_be_bytes(frame[38..42].try_into().unwrap());
+    frame[38..42].copy_from_slice(&seq.wrapping_add(1001).to_be_bytes());
+    super::ip::repair(&mut frame);
+    world.inject(1, &frame);
+    // What was sent before is no news, but no fault either.
+    frame[38..42].copy_from_slice(&seq.to_be_bytes());
+    super::ip::repair(&mut frame);
+    world.inject(1, &frame);
+    world.settle();
+    assert_eq!(world.recv(1, server), Some(Ok(std::vec![1; 1000])));
+    assert_eq!(world.recv(1, server), Some(Ok(std::vec![])), "the end");
+    assert_eq!(world.nodes[1].counters.drop_window.get(), 1);
+}
