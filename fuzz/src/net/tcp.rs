@@ -111,6 +111,7 @@ impl Story {
             + u32::from(segment.flags & SYN != 0)
             + u32::from(segment.flags & FIN != 0);
         let end = segment.seq.wrapping_add(length);
+        self.astray |= segment.flags & SYN != 0 && segment.seq != PEER_ISN;
         if segment.flags & FIN != 0 {
             let data_end = segment
                 .seq
@@ -155,7 +156,6 @@ impl Story {
         };
         // Where the stream begins is fixed, or nothing in it could be checked.
         let seq = if flags & SYN != 0 && far & 15 < 6 { PEER_ISN } else { seq };
-        self.astray |= flags & SYN != 0 && seq != PEER_ISN;
         let ack = match far >> 4 {
             0..8 => self.theirs,
             8 => isn.wrapping_add(1),
