@@ -1,7 +1,6 @@
-//! Runs reproducers, or with `--target NAME` bare inputs, without a fuzzer around: for a debugger, and for `anykernel fuzz`.
-//! A folder means every file in it. Says `passed` for each that finds nothing.
+//! Runs inputs and reproducers of a target without a fuzzer around: for a debugger, and for `anykernel replay`. A folder
+//! means every file in it. Says `passed` for each that finds nothing.
 
-use anykernel_fuzz::reproducer::Reproducer;
 use anykernel_fuzz::{Target, watch};
 use std::process::ExitCode;
 
@@ -13,29 +12,31 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    let mut target = None;
-    if arguments.first().is_some_and(|first| first == "--target") && arguments.len() >= 2 {
-        target = Some(arguments.remove(1));
-        arguments.remove(0);
-    }
-    if arguments.is_empty() {
-        eprintln!("reproduce: which? reproduce [--target NAME] FILE...");
+    let paths = match arguments.get(..2) {
+        Some([option, _]) if option == "--target" && arguments.len() > 2 => arguments.split_off(2),
+        _ => {
+            eprintln!("reproduce: which? reproduce --target NAME FILE...");
+            return ExitCode::from(2);
+        }
+    };
+    let Some(target) = Target::find(&arguments[1]) else {
+        eprintln!("reproduce: there is no target {}; see --list", arguments[1]);
         return ExitCode::from(2);
-    }
+    };
     anykernel_fuzz::prepare();
     watch::tell_refusals();
-    let (mut paths, mut many) = (Vec::new(), false);
-    for path in arguments {
+    let (mut files, mut many) = (Vec::new(), false);
+    for path in paths {
         match std::fs::read_dir(&path) {
             Ok(folder) => {
                 many = true;
-                paths.extend(folder.flatten().map(|entry| entry.path().display().to_string()));
+                files.extend(folder.flatten().map(|entry| entry.path().display().to_string()));
             }
-            Err(_) => paths.push(path),
+            Err(_) => files.push(path),
         }
     }
-    paths.sort();
-    for path in paths {
+    files.sort();
+    for path in files {
         let file = match std::fs::read(&path) {
             Ok(file) => file,
             Err(error) => {
@@ -43,26 +44,12 @@ fn main() -> ExitCode {
                 return ExitCode::from(2);
             }
         };
-        let parsed = match &target {
-            Some(target) => Ok(Reproducer { target, plant: "", input: &file }),
-            None => Reproducer::parse(&file),
+        // A reproducer is an input below a line that says what it is of.
+        let input = match file.starts_with(b"anykernel-fuzz ") {
+            true => file.splitn(2, |byte| *byte == b'\n').nth(1).unwrap_or_default(),
+            false => &file,
         };
-        let reproducer = match parsed {
-            Ok(reproducer) => reproducer,
-            Err(line) => {
-                eprintln!("reproduce: {path}: {line}");
-                return ExitCode::from(2);
-            }
-        };
-        let Some(target) = Target::find(reproducer.target) else {
-            eprintln!("reproduce: {path}: there is no target {}; see --list", reproducer.target);
-            return ExitCode::from(2);
-        };
-        #[cfg(feature = "planted")]
-        if !reproducer.plant.is_empty() {
-            hypercall::planted::grow(reproducer.plant);
-        }
-        target.execute(reproducer.input);
+        target.execute(input);
         if !many {
             println!("{path}: passed");
         }

@@ -1,7 +1,7 @@
 //! Everything that must hold, in one command: what a person runs, and CI.
 
 use crate::sh::{self, Result, cargo, step};
-use crate::{install, matrix};
+use crate::{fuzz, install, matrix};
 use module_build::toolchain::{Need, TARGET, Toolchain};
 use std::time::Instant;
 
@@ -66,6 +66,8 @@ pub(crate) fn run(filter: Option<&str>) -> Result {
         let mut models = cargo();
         models.args(["test", "--release", "--package", "anykernel", "--test", "loom"]);
         sh::run(models.args(["--target-dir", "target/loom"]).env("RUSTFLAGS", "--cfg loom"))?;
+        timed("fuzzing");
+        fuzz::targets(&anykernel)?;
         timed("matrix");
         matrix::run(false, None)?;
     }

@@ -16,16 +16,20 @@ use std::path::PathBuf;
   anykernel fuzz --list                          what can be fuzzed
   anykernel fuzz ext4 --seconds 60               one minute, on every CPU
   anykernel fuzz tcp --workers 1 --runs 100000   so many inputs
+  anykernel fuzz --all --seconds 600             ten minutes for all targets together
   anykernel fuzz ext4 --coverage                 which lines its corpus reaches, as HTML
-  anykernel fuzz --reproduce FILE                see a finding again")]
+  anykernel replay FILE                          see a finding again, with --gdb in the debugger")]
 pub(super) struct Fuzz {
     /// What to fuzz; see --list.
-    #[arg(required_unless_present_any = ["list", "reproduce"])]
+    #[arg(required_unless_present_any = ["list", "all", "reproduce"])]
     target: Option<String>,
+    /// Every target in turn; --seconds is for all of them together.
+    #[arg(long, conflicts_with_all = ["target", "coverage"])]
+    all: bool,
     /// List the targets.
     #[arg(long)]
     list: bool,
-    /// Run a reproducer again instead.
+    /// Run a reproducer again instead, as `anykernel replay` does.
     #[arg(long, value_name = "FILE", conflicts_with = "target")]
     reproduce: Option<PathBuf>,
     /// Write an HTML report of which lines the corpus reaches, instead.
@@ -57,7 +61,7 @@ pub(super) struct Fuzz {
 impl Fuzz {
     pub(super) fn run(self) -> Outcome {
         if let Some(path) = &self.reproduce {
-            let found = fuzz::reproduce(path)?;
+            let found = fuzz::reproduce(path, false)?;
             return Ok(if found { ExitStatus::Failure } else { ExitStatus::Success });
         }
         if self.list {
@@ -70,7 +74,10 @@ impl Fuzz {
             }
             return Ok(ExitStatus::Success);
         }
-        let target = self.target.ok_or_else(|| Failure::usage("which target? see --list"))?;
+        if self.all && self.seconds == 0 && self.runs == 0 {
+            return Err(Failure::usage("--all needs an end: --seconds N for all, or --runs N for each"));
+        }
+        let target = self.target.unwrap_or_default();
         if self.coverage {
             println!("{}", fuzz::report(&target)?.display());
             return Ok(ExitStatus::Success);
@@ -87,18 +94,24 @@ impl Fuzz {
             first: self.first,
             json: self.json,
         };
-        let outcome = fuzz::run(&options)?;
-        for (what, path) in &outcome.findings {
-            if self.json {
+        let outcomes = match self.all {
+            true => fuzz::run_all(&options)?,
+            false => vec![(options.target.clone(), fuzz::run(&options)?)],
+        };
+        for (target, outcome) in &outcomes {
+            for (what, path) in outcome.findings.iter().filter(|_| self.json) {
                 println!(
                     "{}",
-                    serde_json::json!({"found": what, "reproducer": path, "plant": options.plant})
+                    serde_json::json!({
+                        "target": target, "found": what, "reproducer": path, "plant": options.plant,
+                    })
                 );
             }
+            if outcome.executions == 0 && !interrupt::interrupted() {
+                return Err(Failure::new(format!("{target}: nothing was executed")));
+            }
         }
-        if outcome.executions == 0 && !interrupt::interrupted() {
-            return Err(Failure::new("nothing was executed"));
-        }
-        Ok(if outcome.findings.is_empty() { ExitStatus::Success } else { ExitStatus::Failure })
+        let found = outcomes.iter().any(|(_, outcome)| !outcome.findings.is_empty());
+        Ok(if found { ExitStatus::Failure } else { ExitStatus::Success })
     }
 }

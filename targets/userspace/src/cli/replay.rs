@@ -2,7 +2,7 @@
 
 use super::{Outcome, output_failure};
 use anykernel_userspace::replay::{self, End, RecordingFile};
-use anykernel_userspace::{Failure, logger};
+use anykernel_userspace::{Failure, fuzz, logger};
 use clap::Args;
 use hypercall::ExitStatus;
 use serde_json::json;
@@ -11,7 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// Run a recorded domain again, in this process
+/// Run a recorded domain again, in this process; or what `anykernel fuzz` found
 #[derive(Args)]
 #[command(after_help = "Examples:
   anykernel run httpd --on rumprun --disk doc.ext4 --publish 8080:80 --record f.rec
@@ -20,10 +20,12 @@ use std::process::Command;
       run it again, call for call, and print the hash of all that it did
   anykernel replay f.rec --until 1200 --gdb
       stop in the debugger as call 1200 returns, in the component's own frames
+  anykernel replay fuzz/artifacts/tcp/5c678a52.repro
+      see what the fuzzer found, with its stack; with --gdb in the debugger
 
-Exit status: 0 it went as recorded, 1 it did not.")]
+Exit status: 0 it went as recorded (a reproducer: nothing is found any more), 1 it did not.")]
 pub(super) struct Replay {
-    /// What --record wrote
+    /// What --record wrote, or a reproducer
     file: PathBuf,
     /// Stop at this call, counted from 1
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
@@ -45,6 +47,10 @@ pub(super) struct Replay {
 impl Replay {
     pub(super) fn run(self) -> Outcome {
         logger::init(&self.log);
+        if fuzz::is_reproducer(&self.file) {
+            let found = fuzz::reproduce(&self.file, self.gdb)?;
+            return Ok(if found { ExitStatus::Failure } else { ExitStatus::Success });
+        }
         let shown = self.file.display().to_string();
         let recording =
             RecordingFile::open(&self.file).map_err(|error| Failure::new(format!("{shown}: {error}")))?;

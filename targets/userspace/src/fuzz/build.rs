@@ -3,6 +3,7 @@
 use super::Options;
 use crate::Failure;
 use crate::qemu::build as tool;
+use hypercall::layers::recorded::{SEED, digest, mix};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -101,39 +102,92 @@ pub(super) fn reproduce(planted: bool) -> Result<PathBuf, Failure> {
     Ok(folder()?.join(target_dir).join("release/examples/reproduce"))
 }
 
-/// Builds the program of a target.
-pub(super) fn target(options: &Options) -> Result<PathBuf, Failure> {
-    let name = &options.target;
-    let known = folder()?.join("fuzz_targets").join(format!("{name}.rs")).is_file();
-    if !known || name.contains('/') {
-        let known = std::fs::read_dir(folder()?.join("fuzz_targets")).into_iter().flatten().flatten();
-        let mut names: Vec<String> = known
-            .filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".rs")?.to_owned()))
-            .collect();
-        names.sort();
-        return Err(Failure::usage(format!("there is no target {name}; there are {}", names.join(", "))));
+/// The names of all targets, by their programs, sorted.
+pub fn names() -> Result<Vec<String>, Failure> {
+    let folder = folder()?.join("fuzz_targets");
+    let entries = std::fs::read_dir(&folder)
+        .map_err(|error| Failure::new(format!("{}: {error}", folder.display())))?
+        .flatten();
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| Some(entry.file_name().to_str()?.strip_suffix(".rs")?.to_owned()))
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Refuses the name of no target.
+pub(super) fn known(name: &str) -> Result<(), Failure> {
+    let names = names()?;
+    match names.iter().any(|known| known == name) {
+        true => Ok(()),
+        false => Err(Failure::usage(format!("there is no target {name}; there are {}", names.join(", ")))),
     }
-    let (host, _) = rustc()?;
+}
+
+/// Which harness this is: a number of its source.
+pub(super) fn harness() -> Result<String, Failure> {
+    let mut folders = vec![folder()?.join("src")];
+    let mut files = std::collections::BTreeMap::new();
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read(&path)
+                    .map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
+                files.insert(path, digest(&text));
+            }
+        }
+    }
+    Ok(format!("{:016x}", files.values().fold(SEED, |hash, file| mix(hash, *file))))
+}
+
+/// Builds the programs of these targets, in one go.
+pub(super) fn build(names: &[String], options: &Options) -> Result<(), Failure> {
     let mut flags = COVERAGE.join(" ") + " --cfg fuzzing";
-    let mut target_dir = String::from("target/fuzz");
     if options.sanitizer == Sanitizer::Address {
         flags += " -Zsanitizer=address";
-        target_dir += "-address";
     }
+    let (host, _) = rustc()?;
+    let target_dir = target_dir(options.sanitizer)?;
     let mut command = cargo()?;
     // Coverage passes are behind a switch of the compiler; it is the same compiler.
     command.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", flags);
-    command.args(["build", "--release", "--bin", name, "--target", &host, "--target-dir", &target_dir]);
+    command.args(["build", "--release", "--target", &host, "--target-dir"]).arg(&target_dir);
+    for name in names {
+        known(name)?;
+        command.args(["--bin", name]);
+    }
     if options.plant.is_some() {
         command.args(["--features", "planted"]);
     }
-    tool::step(&format!("building the target {name}"), command)?;
-    let program = folder()?.join(&target_dir).join(&host).join("release").join(name);
-    // A copy of its own, because a build for a plant and one without share the place.
+    let what = match names {
+        [one] => format!("building the target {one}"),
+        all => format!("building {} targets", all.len()),
+    };
+    tool::step(&what, command)?;
+    for name in names {
+        // A name of its own, because a build for a plant and one without share the place.
+        let (built, own) = (target_dir.join(&host).join("release").join(name), program(name, options)?);
+        let _ = std::fs::remove_file(&own);
+        std::fs::hard_link(&built, &own)
+            .map_err(|error| Failure::new(format!("{}: {error}", own.display())))?;
+    }
+    Ok(())
+}
+
+fn target_dir(sanitizer: Sanitizer) -> Result<PathBuf, Failure> {
+    let name = match sanitizer {
+        Sanitizer::None => "target/fuzz",
+        Sanitizer::Address => "target/fuzz-address",
+    };
+    Ok(folder()?.join(name))
+}
+
+/// The program of a target that was built.
+pub(super) fn program(name: &str, options: &Options) -> Result<PathBuf, Failure> {
     let kind = if options.plant.is_some() { "planted" } else { "plain" };
-    let copy = folder()?.join(&target_dir).join(format!("{name}-{kind}"));
-    std::fs::copy(&program, &copy).map_err(|error| Failure::new(format!("{}: {error}", copy.display())))?;
-    Ok(copy)
+    Ok(target_dir(options.sanitizer)?.join(format!("{name}-{kind}")))
 }
 
 /// The folders of a target; those that are written to exist.

@@ -1,15 +1,19 @@
 //! Findings: which bug it is, the smallest input that shows it, and the file that shows it again.
 
+use super::Options;
 use super::build::{self, Folders};
-use super::{MAGIC, Options};
+use super::reproducer::Reproducer;
 use crate::Failure;
 use crate::qemu::die_with_parent;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 /// How long an input is made smaller, in seconds.
 const MINIMISE_SECONDS: u64 = 10;
+/// How long a reproducer may take: several times what the fuzzer allows an input.
+const REPRODUCE: Duration = Duration::from_secs(60);
 /// Frames of the stack that tell one bug from another.
 const FRAMES: usize = 3;
 
@@ -33,10 +37,7 @@ impl Finding {
             text += &format!("    {frame}\n");
         }
         let path = self.reproducer.display();
-        text + &format!(
-            "    {} bytes: {path}\n    see it again: anykernel fuzz --reproduce {path}",
-            self.bytes
-        )
+        text + &format!("    {} bytes: {path}\n    see it again: anykernel replay {path}", self.bytes)
     }
 }
 
@@ -62,25 +63,31 @@ pub(super) fn examine(
     let smallest = minimise(program, options, artifact, &stack);
     let input = std::fs::read(smallest.as_deref().unwrap_or(artifact))
         .map_err(|error| Failure::new(format!("{}: {error}", artifact.display())))?;
-    let mut file = MAGIC.to_vec();
-    let plant = options.planted().map(|name| format!(" {name}")).unwrap_or_default();
-    file.extend(format!("1 {}{plant}\n", options.target).into_bytes());
-    file.extend(&input);
-    let reproducer = folders.artifacts.join(format!("{:08x}.repro", number(&what, &stack)));
-    std::fs::write(&reproducer, file)
+    let file = Reproducer {
+        target: options.target.clone(),
+        plant: options.planted().map(str::to_owned),
+        harness: build::harness()?,
+        bug: number(&what, &stack),
+        input,
+    };
+    let reproducer = folders.artifacts.join(format!("{}.repro", file.bug));
+    std::fs::write(&reproducer, file.to_bytes())
         .map_err(|error| Failure::new(format!("{}: {error}", reproducer.display())))?;
+    let bytes = file.input.len();
     for path in [Some(artifact.to_path_buf()), smallest].into_iter().flatten() {
         let _ = std::fs::remove_file(path);
     }
-    findings.push(Finding { what, reproducer, times: 1, stack, bytes: input.len() });
+    findings.push(Finding { what, reproducer, times: 1, stack, bytes });
     Ok(findings.len() - 1)
 }
 
 /// FNV-1a over what makes the bug, so that its file has the same name every time.
-fn number(what: &str, stack: &[String]) -> u32 {
+fn number(what: &str, stack: &[String]) -> String {
     let bytes =
         stack.iter().flat_map(|frame| frame.bytes()).chain(what.bytes().filter(|b| !b.is_ascii_digit()));
-    bytes.fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+    let number =
+        bytes.fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    format!("{number:08x}")
 }
 
 /// Makes the input smaller as long as it shows the same bug.
@@ -89,7 +96,8 @@ fn minimise(program: &Path, options: &Options, artifact: &Path, stack: &[String]
     let mut command = Command::new(program);
     command.arg("-minimize_crash=1").arg(format!("-max_total_time={MINIMISE_SECONDS}"));
     command.arg(format!("-exact_artifact_path={}", small.display())).arg(artifact);
-    run(command, options, Duration::from_secs(3 * MINIMISE_SECONDS));
+    options.plant(&mut command);
+    run(command, Duration::from_secs(3 * MINIMISE_SECONDS));
     // libFuzzer takes any crash for the same one.
     let same = small.is_file() && read(&once(program, options, &small, Duration::from_secs(30))).1 == stack;
     if same {
@@ -102,34 +110,45 @@ fn minimise(program: &Path, options: &Options, artifact: &Path, stack: &[String]
 fn once(program: &Path, options: &Options, input: &Path, most: Duration) -> String {
     let mut command = Command::new(program);
     command.arg("-timeout=20").arg(input).env("ANYKERNEL_TELL_REFUSALS", "1");
-    run(command, options, most)
+    options.plant(&mut command);
+    run(command, most).said
 }
 
-/// Runs the program to its end, at most for a time, and returns what it said.
-fn run(mut command: Command, options: &Options, most: Duration) -> String {
+/// What a program did.
+struct Ran {
+    said: String,
+    /// How it ended; `None`: not by itself.
+    status: Option<ExitStatus>,
+}
+
+/// Runs the program to its end, at most for a time.
+fn run(mut command: Command, most: Duration) -> Ran {
     command.env("RUST_BACKTRACE", "1").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    if let Some(plant) = &options.plant {
-        command.env("ANYKERNEL_PLANT", plant);
-    }
     die_with_parent(&mut command);
-    let Ok(mut child) = command.spawn() else { return String::new() };
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(error) => return Ran { said: error.to_string(), status: None },
+    };
     let stderr = child.stderr.take();
     let reader = std::thread::spawn(move || {
         let mut text = Vec::new();
         if let Some(mut stderr) = stderr {
+            // What could be read is what there is.
             let _ = std::io::Read::read_to_end(&mut stderr, &mut text);
         }
         String::from_utf8_lossy(&text).into_owned()
     });
     let start = std::time::Instant::now();
-    while child.try_wait().is_ok_and(|status| status.is_none()) {
-        if start.elapsed() > most {
-            let _ = child.kill();
-        }
+    let mut status = None;
+    while status.is_none() && start.elapsed() < most {
+        status = child.try_wait().ok().flatten();
         std::thread::sleep(Duration::from_millis(20));
     }
-    let _ = child.wait();
-    reader.join().unwrap_or_default()
+    if status.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    Ran { said: reader.join().unwrap_or_default(), status }
 }
 
 /// The message of what happened, and the innermost frames of our own code.
@@ -187,32 +206,57 @@ fn is_ours(path: &str) -> bool {
         && path.contains(".rs:")
 }
 
-/// Runs the input of a reproducer again, without a fuzzer around, and shows what happens: `Ok(true)` if the finding is
-/// still there. `anykernel replay` calls this for files that begin with [`MAGIC`].
+/// Runs the input of a reproducer again, without a fuzzer around, and shows what happens: `Ok(true)` if something is found.
+/// With `gdb` this process becomes the debugger, which stops where the finding is.
 ///
-/// Errors: it is no reproducer, or of another version; the harness does not build.
-pub fn reproduce(path: &Path) -> Result<bool, Failure> {
-    let file = std::fs::read(path).map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
-    let line = file.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    if !line.starts_with(MAGIC) || line.len() > 200 {
+/// Errors: it is no whole reproducer of this version; the harness does not build, or has no such target.
+pub fn reproduce(path: &Path, gdb: bool) -> Result<bool, Failure> {
+    let shown = path.display();
+    let fail = |error: &dyn std::fmt::Display| Failure::new(format!("{shown}: {error}"));
+    let file = std::fs::read(path).map_err(|error| fail(&error))?;
+    let file = Reproducer::parse(&file).map_err(|error| fail(&error))?;
+    build::known(&file.target).map_err(|error| fail(&error))?;
+    if file.harness != build::harness()? {
+        eprintln!(
+            "anykernel: {shown}: made with another state of fuzz/: its input may mean something else now"
+        );
+    }
+    let program = build::reproduce(file.plant.is_some())?;
+    let mut command = match gdb {
+        true => Command::new("gdb"),
+        false => Command::new(&program),
+    };
+    if gdb {
+        command.args(["-q", "-ex", "set breakpoint pending on", "-ex", "break rust_panic", "-ex", "run"]);
+        command.arg("--args").arg(&program);
+    }
+    command.args(["--target", &file.target]).arg(path);
+    if let Some(plant) = &file.plant {
+        command.env("ANYKERNEL_PLANT", plant);
+    }
+    if gdb {
+        let error = command.exec();
         return Err(Failure::new(format!(
-            "{}: no reproducer of `anykernel fuzz`: it does not begin with {:?}",
-            path.display(),
-            String::from_utf8_lossy(MAGIC)
+            "gdb cannot be started: {error}: install it (Debian: apt-get install gdb)"
         )));
     }
-    let planted = String::from_utf8_lossy(line).split(' ').count() > 3;
-    let status = Command::new(build::reproduce(planted)?)
-        .arg(path)
-        .env("RUST_BACKTRACE", "1")
-        .status()
-        .map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
-    match status.code() {
-        Some(0) => Ok(false),
-        // It said in one line what is wrong with the file.
-        Some(2) => Err(Failure::new("")),
-        _ => Ok(true),
+    let ran = run(command, REPRODUCE);
+    if ran.status.is_some_and(|status| status.success()) {
+        println!("passed: nothing is found any more");
+        return Ok(false);
     }
+    eprint!("{}", ran.said);
+    let (what, stack) = match ran.status {
+        Some(_) => read(&ran.said),
+        None => (format!("no end within {} s", REPRODUCE.as_secs()), Vec::new()),
+    };
+    println!("FOUND: {what}");
+    stack.iter().for_each(|frame| println!("    {frame}"));
+    if ran.status.is_some() {
+        let same = number(&what, &stack) == file.bug;
+        println!("    {}", if same { "as it was found" } else { "in another place than it was found" });
+    }
+    Ok(true)
 }
 
 #[cfg(test)]

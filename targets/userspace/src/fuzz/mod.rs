@@ -8,21 +8,21 @@ mod build;
 mod coverage;
 mod finding;
 mod progress;
+mod reproducer;
 mod worker;
 
-pub use build::{Sanitizer, targets};
+pub use build::{Sanitizer, names, targets};
 pub use coverage::report;
 pub use finding::reproduce;
+pub use reproducer::is_reproducer;
 
 use crate::{Failure, interrupt};
 use finding::Finding;
 use progress::{Progress, Show};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 use worker::{Event, Worker};
-
-/// What the first line of a reproducer begins with.
-pub const MAGIC: &[u8] = b"anykernel-fuzz ";
 
 /// The same bug this often, and the search for others stops: it is in the way.
 const SAME_AGAIN: usize = 3;
@@ -53,6 +53,13 @@ impl Options {
     fn planted(&self) -> Option<&str> {
         self.plant.as_deref().filter(|name| *name != "none")
     }
+
+    /// Has the bug grow in a program of a target.
+    fn plant(&self, command: &mut Command) {
+        if let Some(plant) = &self.plant {
+            command.env("ANYKERNEL_PLANT", plant);
+        }
+    }
 }
 
 /// How it went.
@@ -68,7 +75,36 @@ pub struct Outcome {
 
 /// Fuzzes. Context: the main thread. Blocks for as long as asked for.
 pub fn run(options: &Options) -> Result<Outcome, Failure> {
-    let program = build::target(options)?;
+    build::build(std::slice::from_ref(&options.target), options)?;
+    fuzz(options)
+}
+
+/// Fuzzes every target in turn; `seconds` is for all of them together. What is found in one does not keep the others from
+/// their turn. Context and blocking as [`run`].
+pub fn run_all(options: &Options) -> Result<Vec<(String, Outcome)>, Failure> {
+    let names = names()?;
+    build::build(&names, options)?;
+    let end = Instant::now() + Duration::from_secs(options.seconds);
+    let mut outcomes = Vec::new();
+    for (index, name) in names.iter().enumerate() {
+        let mut options = Options { target: name.clone(), ..options.clone() };
+        if options.seconds > 0 {
+            let left = end.saturating_duration_since(Instant::now()).as_secs_f64();
+            options.seconds = ((left / (names.len() - index) as f64).round() as u64).max(1);
+        }
+        let outcome = fuzz(&options)?;
+        let found = !outcome.findings.is_empty();
+        outcomes.push((name.clone(), outcome));
+        if interrupt::interrupted() || options.first && found {
+            break;
+        }
+    }
+    Ok(outcomes)
+}
+
+/// Fuzzes with programs that were built.
+fn fuzz(options: &Options) -> Result<Outcome, Failure> {
+    let program = build::program(&options.target, options)?;
     let folders = build::folders(&options.target, options.planted())?;
     let (send, events) = std::sync::mpsc::channel();
     let start = Instant::now();

@@ -70,8 +70,8 @@ impl Worker {
         }
         command.arg(&folders.corpus).arg(&folders.seeds);
         command.env("RUST_BACKTRACE", "1");
-        if let Some(plant) = &options.plant {
-            command.env("ANYKERNEL_PLANT", plant);
+        options.plant(&mut command);
+        if options.plant.is_some() {
             command.arg("-seed=1");
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
