@@ -1,9 +1,12 @@
 //! Makes the images of `images/` with mkfs.ext4, debugfs, e2fsck, mkfs.fat, mtools and sfdisk, and the seeds of
 //! `corpus/`. Run in `fuzz/`: `cargo run --no-default-features --example seeds`. Needs e2fsprogs, dosfstools, mtools, fdisk.
 //!
-//! `seeds --pcap FILE` adds the frames of a capture (`anykernel run --pcap`, tcpdump) to the seeds of `frames`.
+//! `seeds --pcap FILE` adds the frames of a capture (`anykernel run --pcap`, tcpdump) to the seeds of `frames`, and
+//! `seeds --recording FILE` the first records of a recording (`anykernel run --record`) to those of `recording`.
 
 use anykernel_fuzz::fs::images::pack;
+use anykernel_userspace::replay::RecordingFile;
+use hypercall::layers::recorded::Record;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -207,6 +210,14 @@ fn corpus(top: &Path) -> Result<()> {
         }
     }
     usb_seeds(&put)?;
+    put("recording", "whole", &[3])?;
+    put("recording", "changed", &[3, 0x82, 40, 0, 1, 7, 2, 60, 0, 1, 9])?;
+    put(
+        "recording",
+        "header",
+        b"\x01{\"format\":1,\"target\":\"userspace\",\"contracts\":{\"core\":\"1.0\"}}",
+    )?;
+    put("recording", "file", b"\0AKREC01\n\x02\0\0\0\x43\xbf\xa6\xa3{}")?;
     for how in 0..8u8 {
         let blk =
             [how, 12, 0, 0, 3, 1, 0, 5, 8, 4, 5, 11, 2, 3, 9, 5, 0, 0, 0, 0, 0, 20, 0, 4, 4, 0, 3, 2, 5, 1];
@@ -244,6 +255,21 @@ fn pcap(path: &str, top: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The first records of a recording as seeds, below a header that is always of this build.
+fn recording(path: &str, top: &Path) -> Result<()> {
+    let file = RecordingFile::open(Path::new(path)).map_err(|error| format!("{path}: {error}"))?;
+    let targets = ["userspace", "rumprun", "linux-module"];
+    let target = targets.iter().position(|name| *name == file.header.target).unwrap_or(0);
+    for (index, len) in [300, 3000].into_iter().enumerate() {
+        let mut rest = &file.records[..];
+        while file.records.len() - rest.len() < len && Record::take(&mut rest).is_some() {}
+        let records = &file.records[..(file.records.len() - rest.len()).min(4000)];
+        let seed = [&[2 | (target as u8) << 2 | (index as u8 * 15) << 4][..], records].concat();
+        write(&top.join(format!("recording/{}-{index}", file.header.target)), seed)?;
+    }
+    Ok(())
+}
+
 fn make() -> Result<()> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let corpus_folder = here.join("corpus");
@@ -252,6 +278,11 @@ fn make() -> Result<()> {
         && flag == "--pcap"
     {
         return pcap(path, &corpus_folder);
+    }
+    if let [flag, path] = arguments.as_slice()
+        && flag == "--recording"
+    {
+        return recording(path, &corpus_folder);
     }
     let scratch = std::env::temp_dir().join(format!("anykernel-seeds-{}", std::process::id()));
     let tree = scratch.join("tree");
