@@ -7,9 +7,11 @@
 mod read;
 #[cfg(test)]
 mod tests;
+mod usb;
 
 use alloc::{string::String, vec::Vec};
 use serde::Serialize;
+pub use usb::UsbSelector;
 
 /// The JSON Schema (draft 2020-12) of [`Config`].
 pub const SCHEMA: &str = include_str!("../../config.schema.json");
@@ -28,6 +30,9 @@ pub struct Config {
     pub mounts: Vec<Mount>,
     /// One entry per interface, in the order of the registry. Interfaces without an entry use DHCP.
     pub interfaces: Vec<Interface>,
+    /// Devices that the USB stack takes from a platform which owns them, beside those that are mounted: each is read by
+    /// [`UsbSelector::parse`].
+    pub usb: Vec<String>,
     /// Packets for others are passed on between interfaces (IPv4): this instance is a router.
     pub forward: bool,
     /// How many threads, one per CPU, run the application's tasks; 0: as many as there are CPUs.
@@ -97,6 +102,7 @@ impl Default for Config {
             app: Vec::new(),
             mounts: Vec::new(),
             interfaces: Vec::new(),
+            usb: Vec::new(),
             forward: false,
             workers: 0,
             tcp: Tcp::default(),

@@ -1,7 +1,7 @@
 //! From text to [`Config`]: a walk over the parsed JSON, by hand because its errors name the path and the nearest key.
 //! In an image it is as large as a derived reader, 60 KB with all it needs.
 
-use super::{Cache, Config, Interface, Mount, Tcp};
+use super::{Cache, Config, Interface, Mount, Tcp, UsbSelector};
 use alloc::borrow::ToOwned;
 use alloc::format;
 use alloc::string::String;
@@ -120,6 +120,7 @@ pub(super) fn parse(json: &str) -> Result<Config> {
         "app",
         "mounts",
         "interfaces",
+        "usb",
         "forward",
         "workers",
         "tcp",
@@ -144,6 +145,9 @@ pub(super) fn parse(json: &str) -> Result<Config> {
     if let Some(at) = root.get("interfaces") {
         config.interfaces = at.list()?.map(interface).collect::<Result<_>>()?;
     }
+    if let Some(at) = root.get("usb") {
+        config.usb = at.list()?.map(usb).collect::<Result<_>>()?;
+    }
     config.forward = root.get("forward").map_or(Ok(false), At::boolean)?;
     config.workers = root.u32("workers", config.workers)?;
     if let Some(at) = root.get("tcp") {
@@ -153,6 +157,11 @@ pub(super) fn parse(json: &str) -> Result<Config> {
         config.cache = cache(at)?;
     }
     Ok(config)
+}
+
+fn usb(at: At<'_>) -> Result<String> {
+    let must_be = "a place as 1-2.3, vendor and product as 46f4:0001, or a class as class:03";
+    at.text(must_be, |text| UsbSelector::parse(text).is_some())
 }
 
 fn mount(at: At<'_>) -> Result<Mount> {

@@ -87,7 +87,7 @@ fn reads_everything() {
     let config = Config::parse(
         r#"{
             "hostname": "web.example", "log": "debug", "app": ["httpd", "--port", "80"], "workers": 2,
-            "forward": true,
+            "forward": true, "usb": ["1-2.3", "46f4:0001", "class:03"],
             "mounts": [{"source": "disk0p1", "target": "/", "kind": "ext4", "read_only": true},
                        {"source": "tmpfs", "target": "/tmp", "kind": null}],
             "interfaces": [{"ipv4": "10.0.2.15/24", "ipv6": "fd00::2/64", "gateway": "10.0.2.2",
@@ -118,6 +118,7 @@ fn reads_everything() {
             Interface::default(),
         ]
         .into(),
+        usb: ["1-2.3", "46f4:0001", "class:03"].map(Into::into).into(),
         forward: true,
         workers: 2,
         tcp: Tcp { receive_bytes: 1, send_bytes: 2, connections: 3 },

@@ -14,6 +14,7 @@ use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use anykernel::config::{Config, UsbSelector};
 use anykernel::manifest::Capability;
 use anykernel::sync::Mutex;
 use anykernel::{Kernel, Manifest, StartError};
@@ -46,17 +47,41 @@ pub enum Claim {
     /// None: for a look around.
     #[default]
     None,
-    /// Those at these places.
-    Only(Vec<UsbPath>),
+    /// Those that one of these picks.
+    Only(Vec<UsbSelector>),
     /// All that it has drivers for.
     All,
 }
 
 impl Claim {
-    fn wants(&self, path: UsbPath) -> bool {
+    /// Those that a configuration names, and those whose disks it mounts: of `usb1-2.1`, `usb1-2.1p1` or `usb1-2.1l1p2` the one
+    /// at 1-2.1.
+    pub fn of_config(config: &Config) -> Self {
+        let place = |source: &str| {
+            let place = source.strip_prefix("usb")?;
+            UsbPath::parse(place.split_once(['p', 'l']).map_or(place, |(place, _)| place))
+        };
+        let mounted = config.mounts.iter().filter_map(|mount| place(&mount.source).map(UsbSelector::Place));
+        let named = config.usb.iter().filter_map(|text| UsbSelector::parse(text));
+        let picked: Vec<UsbSelector> = mounted.chain(named).collect();
+        if picked.is_empty() { Self::None } else { Self::Only(picked) }
+    }
+
+    fn wants(&self, device: &Identity) -> bool {
+        let picks = |selector: &UsbSelector| match *selector {
+            UsbSelector::Place(path) => path == device.path,
+            UsbSelector::Product(vendor, product) => {
+                (vendor, product) == (device.descriptor.vendor, device.descriptor.product)
+            }
+            UsbSelector::Class(class) => {
+                let settings = device.configurations.iter().flat_map(|one| &one.settings);
+                let [of_device, ..] = device.descriptor.class;
+                of_device == class || settings.map(|one| one.class).any(|[of_it, ..]| of_it == class)
+            }
+        };
         match self {
             Self::None => false,
-            Self::Only(paths) => paths.contains(&path),
+            Self::Only(selectors) => selectors.iter().any(picks),
             Self::All => true,
         }
     }
@@ -570,11 +595,11 @@ async fn watch<H: Host + HostUsb>(
             }
             let seat = Arc::new(Seat::new(&shared));
             known.push((info, seat.clone()));
-            let (task_shared, worker, wanted) = (shared.clone(), worker.clone(), claim.wants(info.path));
+            let (task_shared, worker, claim) = (shared.clone(), worker.clone(), claim.clone());
             let busy = Busy::new(&shared);
             shared.engine.spawn(async move {
                 let path = info.path;
-                if let Err(why) = serve(&task_shared, &worker, info, wanted, &seat, busy).await {
+                if let Err(why) = serve(&task_shared, &worker, info, &claim, &seat, busy).await {
                     log::error!("usb {path}: {why}; going on without this device");
                     task_shared.counters.given_up.increment();
                     task_shared.set_failed(path, why);
@@ -638,7 +663,7 @@ async fn serve<H: Host + HostUsb>(
     shared: &Arc<Shared<H>>,
     worker: &Arc<Worker<H>>,
     info: UsbDeviceInfo,
-    wanted: bool,
+    claim: &Claim,
     seat: &Seat<H>,
     busy: Busy<H>,
 ) -> Result<(), String> {
@@ -661,7 +686,7 @@ async fn serve<H: Host + HostUsb>(
     let ignored = identity.quirks.contains(Quirks::IGNORE_DEVICE);
     shared.set_device(info.path, NodeDevice::of(&identity, current.unwrap_or(chosen)));
     shared.set_state(info.path, NodeState::Configured);
-    if !wanted || !useful || ignored {
+    if !claim.wants(&identity) || !useful || ignored {
         drop(busy);
         seat.left().await;
         return Ok(());

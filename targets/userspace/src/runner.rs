@@ -13,7 +13,6 @@ use crate::{
 };
 use anykernel::StartError;
 use anykernel_usb::{Claim, Options};
-use hypercall::UsbPath;
 use hypercall::layers::recorded::ENTER_STOP;
 use hypercall::layers::{Recorded, Recorder, Traced};
 use hypercall::{ExitStatus, Host, HostBlock, HostLink, HostUsb};
@@ -179,12 +178,6 @@ fn announce_ports(
     }
 }
 
-/// The place of the USB disk that is meant by `usb1-2.1` or `usb1-2.1p1`.
-fn usb_place(source: &str) -> Option<UsbPath> {
-    let place = source.strip_prefix("usb")?;
-    UsbPath::parse(place.split_once(['p', 'l']).map_or(place, |(place, _)| place))
-}
-
 /// Runs in this process.
 fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let mut builder = Instance::builder()
@@ -192,10 +185,9 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
         .memory(spec.memory.unwrap_or(0))
         .config(spec.config.clone())
         .console(ConsoleSink::Stdout { json: spec.json });
-    let mounted = spec.config.mounts.iter().filter_map(|mount| usb_place(&mount.source));
-    let claim: Vec<_> = mounted.collect();
-    if spec.config.app.first().is_some_and(|app| app == "usb") || !claim.is_empty() {
-        let options = Options { claim: Claim::Only(claim), ..Options::default() };
+    let claim = Claim::of_config(&spec.config);
+    if spec.config.app.first().is_some_and(|app| app == "usb") || claim != Claim::None {
+        let options = Options { claim, ..Options::default() };
         builder = builder.usb(UsbBus::new()?, options);
     }
     for disk in &spec.disks {

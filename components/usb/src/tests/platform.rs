@@ -7,9 +7,10 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::Kernel;
 use anykernel::block::{BlockError, Op, transfer};
+use anykernel::config::Config;
 use hypercall::testing::{TestHost, UsbLoopback};
 use hypercall::{Error, HostUsb, Signal, UsbPath};
-use std::vec;
+use std::{format, vec};
 
 fn path(text: &str) -> UsbPath {
     UsbPath::parse(text).unwrap()
@@ -37,7 +38,7 @@ fn states(stack: &UsbStack<TestHost>) -> Vec<(UsbPath, NodeState)> {
 fn only_what_is_wanted_is_opened() {
     let host = TestHost::with_virtual_time();
     let kernel = Kernel::new(host, Default::default());
-    let options = Options { claim: Claim::Only(vec![path("1-2")]), ..Options::default() };
+    let options = Options { claim: Claim::Only(vec![path("1-2").into()]), ..Options::default() };
     let platform = UsbStack::attach_platform(&kernel, options).unwrap();
     let other = host.plug_usb(path("1-1"), Box::new(StorageModel::new(medium()).0));
     let mine = host.plug_usb(path("1-2"), Box::new(StorageModel::new(medium()).0));
@@ -53,6 +54,31 @@ fn only_what_is_wanted_is_opened() {
     settle(&platform, host);
     assert!(kernel.block_devices().is_empty());
     assert_eq!(states(&platform.stack).len(), 2);
+}
+
+/// By place, by product and by class, as a configuration says it.
+#[test]
+fn a_configuration_picks_devices() {
+    let disks = |config: &str| {
+        let host = TestHost::with_virtual_time();
+        let kernel = Kernel::new(host, Config::parse(config).unwrap());
+        let claim = Claim::of_config(kernel.config());
+        let platform = UsbStack::attach_platform(&kernel, Options { claim, ..Options::default() }).unwrap();
+        host.plug_usb(path("1-1"), Box::new(StorageModel::new(medium()).0));
+        host.plug_usb(path("1-2"), Box::new(UsbLoopback::default()));
+        host.plug_usb(path("1-3"), Box::new(StorageModel::new(medium()).0));
+        settle(&platform, host);
+        let descriptor = platform.stack.tree()[0].node.device.as_ref().unwrap().descriptor;
+        let names: Vec<_> = kernel.block_devices().iter().map(|one| one.info().name.clone()).collect();
+        (names, descriptor.vendor, descriptor.product)
+    };
+    let (none, vendor, product) = disks("{}");
+    assert!(none.is_empty());
+    assert_eq!(disks(r#"{"usb":["1-3"]}"#).0, ["usb1-3"]);
+    assert_eq!(disks(r#"{"mounts":[{"source":"usb1-1p1","target":"/"}],"usb":["1-2"]}"#).0, ["usb1-1"]);
+    assert_eq!(disks(r#"{"usb":["class:03"]}"#).0, [""; 0]);
+    assert_eq!(disks(r#"{"usb":["class:08"]}"#).0.len(), 2);
+    assert_eq!(disks(&format!(r#"{{"usb":["{vendor:04x}:{product:04x}"]}}"#)).0.len(), 2);
 }
 
 #[test]

@@ -82,7 +82,7 @@ impl ImagePath {
                 "usb:{device}: write usb:BUS-PORT:/path, as in usb:1-2:/; `anykernel usb list` shows what there is"
             )));
         };
-        let options = Options { claim: Claim::Only(vec![place]), ..Options::default() };
+        let options = Options { claim: Claim::Only(vec![place.into()]), ..Options::default() };
         let instance = Instance::builder()
             .console(ConsoleSink::Stderr)
             .config(Config { log: "warn".into(), ..Config::default() })
