@@ -56,7 +56,7 @@ impl Guest {
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let spec = RunSpec { disks: self.disks, cpus: 2, ..RunSpec::new(Default::default()) };
         let script = format!("{PRELUDE}\n{script}\nsay complete\nend 0\n");
-        let said = linux_module::run_script(&spec, self.series, &script, PATIENCE)
+        let said = linux_module::run_script(&spec, self.series, &script, PATIENCE, &[])
             .unwrap_or_else(|error| panic!("{error}"));
         let lines: Vec<String> = said.lines.lines().map(|line| line.trim_end().to_owned()).collect();
         assert!(
@@ -171,7 +171,7 @@ fn a_kernel_that_panics_has_last_words() {
     let spec = RunSpec::new(Default::default());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let script = "echo before >/dev/ttyS1; echo c >/proc/sysrq-trigger; echo after >/dev/ttyS1; end 0";
-    let die = || linux_module::run_script(&spec, "6.12", script, PATIENCE).unwrap();
+    let die = || linux_module::run_script(&spec, "6.12", script, PATIENCE, &[]).unwrap();
     let mut said = die();
     // Seen once in some dozens of runs on a busy machine: Linux stopped writing to its console while it booted.
     if !said.console.contains("Run /init") {

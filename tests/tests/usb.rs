@@ -285,7 +285,8 @@ fn a_debian_guest_reads_and_writes_a_stick_through_libusb() {
     let dir = tempfile::tempdir().unwrap();
     let (image, big) = stick(dir.path());
     let store = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("target/linux");
-    let found = kernel::find_generic("6.1", &store).unwrap_or_else(|failure| panic!("{failure}"));
+    let found =
+        kernel::find("6.1", kernel::Flavour::Generic, &store).unwrap_or_else(|failure| panic!("{failure}"));
     let mut root = Initramfs::default();
     for directory in ["bin", "dev", "lib", "lib64", "proc", "sys", "tmp", "lib/x86_64-linux-gnu"] {
         root.directory(directory);

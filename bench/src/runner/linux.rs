@@ -85,7 +85,7 @@ fn add(root: &mut Initramfs, made: &mut BTreeSet<String>, to: &str, content: &[u
 pub fn prepare(dir: &Path, address: &str, netpeer: &Path, pages: &[(String, Vec<u8>)]) -> Result<LinuxGuest> {
     let line = |failure: Failure| failure.to_string();
     let store = workspace().map_err(line)?.join("target/linux");
-    let kernel = kernel::find(SERIES, &store).map_err(line)?;
+    let kernel = kernel::find(SERIES, kernel::Flavour::Cloud, &store).map_err(line)?;
     let mut root = Initramfs::default();
     let mut made = BTreeSet::new();
     for directory in ["dev", "proc", "sys", "tmp", "run", "var", "etc"] {

@@ -65,16 +65,21 @@ impl RunSpec {
         }
     }
 
-    /// What the guest's image must be able to do: the feature of its crate.
-    pub(crate) fn feature(&self) -> Option<&'static str> {
-        if self.record.is_some() {
-            return Some("record");
+    /// The layer around the guest's host, which is a feature of its crate.
+    pub(crate) fn layer(&self) -> Option<&'static str> {
+        match (self.record.is_some(), self.trace.is_some()) {
+            (true, _) => Some("record"),
+            (false, true) => Some("trace"),
+            (false, false) => None,
         }
-        match (self.trace.is_some(), self.usb.is_empty()) {
-            (false, true) => None,
-            (true, true) => Some("trace"),
-            (false, false) => Some("usb"),
-            (true, false) => Some("trace,usb"),
+    }
+
+    /// What a unikernel must be able to do: the features of its crate.
+    pub(crate) fn feature(&self) -> Option<&'static str> {
+        match (self.layer(), self.usb.is_empty()) {
+            (Some("trace"), false) => Some("trace,usb"),
+            (None, false) => Some("usb"),
+            (layer, _) => layer,
         }
     }
 }

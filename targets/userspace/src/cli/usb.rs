@@ -3,7 +3,7 @@
 use super::Outcome;
 use super::run::On;
 use anykernel::config::Config;
-use anykernel_userspace::{Failure, RunSpec, UsbSpec, logger, runner};
+use anykernel_userspace::{RunSpec, UsbSpec, logger, runner};
 use clap::{Args, Subcommand};
 
 /// Show USB devices
@@ -13,6 +13,8 @@ use clap::{Args, Subcommand};
   anykernel usb list --json | jq .path            the same for programs, one object a line
   anykernel usb list --verbose --on rumprun --usb hub --usb keyboard --usb disk:stick.img
                                                   what a unikernel finds of devices that QEMU plays
+  anykernel usb list --on linux-module --usb keyboard
+                                                  the same as Linux's USB core shows it to the module
   anykernel ls usb:1-2:/                          files of the stick at 1-2, without mounting it")]
 pub(super) struct Usb {
     #[command(subcommand)]
@@ -33,7 +35,7 @@ struct List {
     /// One JSON object a line
     #[arg(long)]
     json: bool,
-    /// Where to look: userspace (this machine's own, through libusb) or rumprun
+    /// Where to look: userspace (this machine's own, through libusb), rumprun or linux-module
     #[arg(long, value_enum, default_value = "userspace", value_name = "TARGET")]
     on: On,
     /// Plug something in to the guest: disk:FILE[:rw], keyboard, mouse, hub or net; may be given several times
@@ -47,11 +49,6 @@ impl Usb {
         let words = ["usb", "list"].into_iter().chain(list.verbose.then_some("--verbose"));
         let app = words.chain(list.json.then_some("--json")).map(Into::into).collect();
         logger::init("warn");
-        if matches!(list.on, On::LinuxModule) {
-            return Err(Failure::usage(
-                "the module does not show USB devices: use --on userspace or --on rumprun",
-            ));
-        }
         let config = Config { log: "warn".into(), app, ..Config::default() };
         runner::run(list.on.into(), &RunSpec { usb: list.usb, ..RunSpec::new(config) })
     }

@@ -9,6 +9,7 @@ pub mod kernel;
 use super::{Machine, build};
 use crate::{Failure, RunSpec};
 use hypercall::ExitStatus;
+use kernel::Flavour;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ const DEFAULT_MEMORY: u64 = 512 << 20;
 const LEAST_MEMORY: u64 = 128 << 20;
 
 /// What the guest's own drivers are, in the order of loading. Which of them are built in differs between kernels.
-pub const MODULES: [&str; 12] = [
+pub const MODULES: [&str; 16] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
@@ -37,14 +38,21 @@ pub const MODULES: [&str; 12] = [
     "llc",
     "stp",
     "bridge",
+    "usb_common",
+    "usbcore",
+    "xhci_hcd",
+    "xhci_pci",
 ];
+
+/// Linux's own driver for USB disks and what it needs: in the guest, for tests that load it.
+const STORAGE: [&str; 3] = ["scsi_common", "scsi_mod", "usb_storage"];
 
 /// Builds the module if it is not up to date, boots the kernel, loads the module and waits until it ends.
 ///
 /// Errors are lines for a person. The guest's own end is an `Ok`.
 pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let series = std::env::var("ANYKERNEL_LINUX").unwrap_or_else(|_| SERIES.into());
-    let (ended, code, _) = boot(spec, &series, None)?;
+    let (ended, code, _) = boot(spec, &series, None, &[])?;
     let ended = ended?;
     if ended != ExitStatus::Success {
         return Ok(ended);
@@ -78,9 +86,16 @@ impl Said {
 /// module at `/lib/anykernel.ko`. The kernel is told to panic, and so to say why, of what it would only warn on other
 /// days: an oops, a CPU or a task that is stuck. A guest that takes longer than `limit` is stopped.
 ///
-/// The script ends with `end STATUS`, which turns the machine off. Errors: it could not be started at all.
-pub fn run_script(spec: &RunSpec, series: &str, script: &str, limit: Duration) -> Result<Said, Failure> {
-    let (ended, lines, console) = boot(spec, series, Some((script, limit)))?;
+/// The script ends with `end STATUS`, which turns the machine off. `args` are further ones of QEMU. Errors: it could not be
+/// started at all.
+pub fn run_script(
+    spec: &RunSpec,
+    series: &str,
+    script: &str,
+    limit: Duration,
+    args: &[&str],
+) -> Result<Said, Failure> {
+    let (ended, lines, console) = boot(spec, series, Some((script, limit)), args)?;
     Ok(Said { ended, lines, console })
 }
 
@@ -108,13 +123,18 @@ fn built(kernel: &kernel::GuestKernel, feature: Option<String>) -> Result<(PathB
 
 /// Builds the module for Debian's kernel of a series if it is not up to date, and says where it is.
 pub fn module(series: &str) -> Result<PathBuf, Failure> {
-    Ok(built(&kernel::find(series, &store()?)?, None)?.0)
+    Ok(built(&kernel::find(series, Flavour::Cloud, &store()?)?, None)?.0)
 }
 
 /// How QEMU ended, what came out of the second serial port, and out of the first, if there was a script.
 type Booted = (Result<ExitStatus, Failure>, String, String);
 
-fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Result<Booted, Failure> {
+fn boot(
+    spec: &RunSpec,
+    series: &str,
+    script: Option<(&str, Duration)>,
+    args: &[&str],
+) -> Result<Booted, Failure> {
     if spec.memory.is_some_and(|memory| memory < LEAST_MEMORY) {
         return Err(Failure::usage(format!(
             "Linux needs at least {} MiB: give --memory more, or use --on userspace",
@@ -122,10 +142,12 @@ fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Resul
         )));
     }
     let store = store()?;
-    let kernel = kernel::find(series, &store)?;
+    // The small kernel knows no USB.
+    let flavour = if spec.usb.is_empty() { Flavour::Cloud } else { Flavour::Generic };
+    let kernel = kernel::find(series, flavour, &store)?;
     let text = script.map(|(text, _)| text);
     let archive = {
-        let (module, _exclusive) = built(&kernel, spec.feature().map(Into::into))?;
+        let (module, _exclusive) = built(&kernel, spec.layer().map(Into::into))?;
         initramfs(spec, &kernel, &module, &kernel::busybox(&store)?, text)?
     };
 
@@ -133,7 +155,7 @@ fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Resul
     let status = Temporary::new(&store, "status", b"")?;
     let console = Temporary::new(&store, "console", b"")?;
     let mut machine = Machine::q35(super::machine::LINUX, spec, DEFAULT_MEMORY);
-    machine.self_modifying().powers_off().kernel(&kernel.image).arg("-initrd").arg(&initrd.0);
+    machine.self_modifying().powers_off().kernel(&kernel.image).arg("-initrd").arg(&initrd.0).args(args);
     match script {
         Some((_, limit)) => machine.console(&console.0).limit(limit).args(["-append", LOUD]),
         None => machine.args(["-append", QUIET]),
@@ -196,6 +218,8 @@ fn initramfs(
         root.file("script", script.as_bytes());
     }
     root.file("modules", MODULES.join("\n").as_bytes());
+    // Linux looks for them in its own time, and what is to be mounted must be there.
+    root.file("usb", spec.usb.len().to_string().as_bytes());
     root.file("parameters", parameters(spec).as_bytes());
     root.file("config.json", spec.config.to_json().as_bytes());
     root.file("lib/anykernel.ko", &read(module)?);
@@ -219,7 +243,7 @@ fn parameters(spec: &RunSpec) -> String {
     text
 }
 
-/// Those of [`MODULES`] that the kernel has as files, compressed or not.
+/// Those of [`MODULES`] and of USB storage that the kernel has as files, compressed or not.
 pub fn find_modules(dir: &Path, found: &mut Vec<(String, PathBuf)>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -228,7 +252,8 @@ pub fn find_modules(dir: &Path, found: &mut Vec<(String, PathBuf)>) {
             find_modules(&path, found);
         } else if name
             .split_once('.')
-            .is_some_and(|(stem, _)| MODULES.contains(&stem.replace('-', "_").as_str()))
+            .map(|(stem, _)| stem.replace('-', "_"))
+            .is_some_and(|stem| [&MODULES[..], &STORAGE].concat().contains(&stem.as_str()))
         {
             found.push((name, path));
         }

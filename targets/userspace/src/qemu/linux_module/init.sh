@@ -39,10 +39,19 @@ fail() {
 for file in /lib/*.ko.xz; do
 	[ -f "$file" ] && unxz "$file"
 done
+for file in /lib/*-*.ko; do
+	[ -f "$file" ] && mv "$file" "/lib/$(basename "$file" | tr - _)"
+done
 for name in $(cat /modules); do
 	if [ -f "/lib/$name.ko" ]; then
 		insmod "/lib/$name.ko" || fail "the kernel does not take its own module $name"
 	fi
+done
+
+tries=0
+while [ "$(ls /sys/bus/usb/devices 2>/dev/null | grep -c '^[^:]*-[^:]*$')" -lt "$(cat /usb)" ] && [ $tries -lt 100 ]; do
+	sleep 0.1
+	tries=$((tries + 1))
 done
 
 # A test brings its own, which writes what it finds to the second serial port.

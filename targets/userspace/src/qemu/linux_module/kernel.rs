@@ -1,4 +1,4 @@
-//! Finding a Debian cloud kernel and its headers: what is installed, else packages unpacked below `target/linux`, for
+//! Finding a Debian kernel and its headers: what is installed, else packages unpacked below `target/linux`, for
 //! which no privileges are needed.
 
 use crate::Failure;
@@ -24,11 +24,32 @@ fn told(path: &Path) -> impl Fn(std::io::Error) -> Failure + '_ {
     move |error| Failure::new(format!("{}: {error}", path.display()))
 }
 
+/// Which of Debian's kernels of a series.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flavour {
+    /// For virtual machines: small, and without USB.
+    Cloud,
+    /// For all machines.
+    Generic,
+}
+
+impl Flavour {
+    /// Behind the version in a release's name.
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Cloud => "-cloud-amd64",
+            Self::Generic => "-amd64",
+        }
+    }
+}
+
 /// A kernel of `series` ("6.1", "6.12"); packages are unpacked below `store`.
-pub fn find(series: &str, store: &Path) -> Result<GuestKernel, Failure> {
-    let newest = || newest_release(series);
+pub fn find(series: &str, flavour: Flavour, store: &Path) -> Result<GuestKernel, Failure> {
+    let newest = || newest_release(series, flavour);
     // What is here before what is new, so that a run needs the network only once.
-    let release = match installed_headers(series).or_else(|| unpacked(series, store)) {
+    let release = match newest_in(Path::new("/usr/src"), "linux-headers-", series, flavour)
+        .or_else(|| newest_in(store, "", series, flavour))
+    {
         Some(release) => release,
         None => newest()?,
     };
@@ -40,44 +61,6 @@ pub fn find(series: &str, store: &Path) -> Result<GuestKernel, Failure> {
         },
         found => found,
     }
-}
-
-/// Debian's kernel for all machines, with its drivers for USB.
-#[derive(Debug)]
-pub struct GenericKernel {
-    /// What boots.
-    pub image: PathBuf,
-    /// Holds `drivers/...`.
-    pub modules: PathBuf,
-}
-
-/// The newest generic kernel of `series`, unpacked below `store`.
-pub fn find_generic(series: &str, store: &Path) -> Result<GenericKernel, Failure> {
-    let is_one = |release: &str| {
-        release.starts_with(&format!("{series}."))
-            && release.strip_suffix("-amd64").is_some_and(|rest| !rest.ends_with(char::is_alphabetic))
-    };
-    let names = fs::read_dir(store).into_iter().flatten().flatten();
-    let unpacked = names.filter_map(|entry| entry.file_name().into_string().ok());
-    let unpacked = unpacked
-        .filter(|name| is_one(name) && store.join(name).join(format!("boot/vmlinuz-{name}")).is_file());
-    let known = || {
-        let images = depends("linux-image-amd64").into_iter();
-        images
-            .filter_map(|name| Some(name.strip_prefix("linux-image-")?.to_owned()))
-            .find(|name| is_one(name))
-    };
-    let Some(release) = unpacked.max().or_else(known) else {
-        return Err(Failure::new(format!(
-            "no Debian kernel {series} is known here: on Debian 12 run `apt-get update` as root"
-        )));
-    };
-    let root = store.join(&release);
-    let image = root.join(format!("boot/vmlinuz-{release}"));
-    if !image.is_file() {
-        unpack(&[format!("linux-image-{release}")], &root)?;
-    }
-    Ok(GenericKernel { image, modules: root.join(format!("lib/modules/{release}/kernel")) })
 }
 
 fn complete(release: &str, store: &Path) -> Result<GuestKernel, Failure> {
@@ -107,40 +90,34 @@ fn complete(release: &str, store: &Path) -> Result<GuestKernel, Failure> {
     Ok(GuestKernel { release: release.into(), image, modules, headers })
 }
 
-fn matches(release: &str, series: &str) -> bool {
-    release.strip_prefix(series).is_some_and(|rest| rest.starts_with('.'))
-        && release.ends_with("-cloud-amd64")
+fn matches(release: &str, series: &str, flavour: Flavour) -> bool {
+    let version = release.strip_suffix(flavour.suffix());
+    let rest = version.and_then(|version| version.strip_prefix(series));
+    // Others than the generic one have their name in front: 6.1.0-56-rt-amd64.
+    rest.is_some_and(|rest| rest.starts_with('.') && !rest.ends_with("-cloud") && !rest.ends_with("-rt"))
 }
 
-fn newest_in(dir: &Path, prefix: &str, series: &str) -> Option<String> {
+fn newest_in(dir: &Path, prefix: &str, series: &str, flavour: Flavour) -> Option<String> {
     let names = fs::read_dir(dir).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names
         .filter_map(|name| Some(name.strip_prefix(prefix)?.to_owned()))
-        .filter(|name| matches(name, series))
+        .filter(|name| matches(name, series, flavour))
         .max()
 }
 
-fn installed_headers(series: &str) -> Option<String> {
-    newest_in(Path::new("/usr/src"), "linux-headers-", series)
-}
-
-fn unpacked(series: &str, store: &Path) -> Option<String> {
-    newest_in(store, "", series)
-}
-
 /// What Debian's own package of the series depends on now.
-fn newest_release(series: &str) -> Result<String, Failure> {
-    let metas = [format!("linux-image-{series}-cloud-amd64"), "linux-image-cloud-amd64".to_owned()];
-    for meta in &metas {
+fn newest_release(series: &str, flavour: Flavour) -> Result<String, Failure> {
+    let suffix = flavour.suffix();
+    for meta in [format!("linux-image-{series}{suffix}"), format!("linux-image{suffix}")] {
         let found =
-            depends(meta).into_iter().filter_map(|name| Some(name.strip_prefix("linux-image-")?.to_owned()));
-        if let Some(release) = found.filter(|release| matches(release, series)).max() {
+            depends(&meta).into_iter().filter_map(|name| Some(name.strip_prefix("linux-image-")?.to_owned()));
+        if let Some(release) = found.filter(|release| matches(release, series, flavour)).max() {
             return Ok(release);
         }
     }
     Err(Failure::new(format!(
-        "no Debian cloud kernel {series} is known here: on Debian 12 run `apt-get update` as root (6.12 comes from \
-         bookworm-backports or bookworm-security), elsewhere use --on userspace"
+        "no Debian kernel {series} ({suffix}) is known here: on Debian 12 run `apt-get update` as root (6.12 comes \
+         from bookworm-backports or bookworm-security), elsewhere use --on userspace"
     )))
 }
 
@@ -220,9 +197,14 @@ mod tests {
 
     #[test]
     fn a_series_is_not_a_prefix() {
-        assert!(matches("6.1.0-56-cloud-amd64", "6.1"));
-        assert!(!matches("6.12.117+deb12-cloud-amd64", "6.1"));
-        assert!(!matches("6.1.0-56-amd64", "6.1"));
+        let matches = |release, series| {
+            [Flavour::Cloud, Flavour::Generic].map(|flavour| matches(release, series, flavour))
+        };
+        assert_eq!(matches("6.1.0-56-cloud-amd64", "6.1"), [true, false]);
+        assert_eq!(matches("6.1.0-56-amd64", "6.1"), [false, true]);
+        assert_eq!(matches("6.12.117+deb12-cloud-amd64", "6.1"), [false, false]);
+        assert_eq!(matches("6.12.117+deb12-amd64", "6.12"), [false, true]);
+        assert_eq!(matches("6.1.0-56-rt-amd64", "6.1"), [false, false]);
     }
 
     #[test]
