@@ -12,7 +12,7 @@
 #include <linux/types.h>
 
 #define AK_ABI_MAGIC 0x616b6d6fu
-#define AK_ABI_VERSION 2u
+#define AK_ABI_VERSION 3u
 #define AK_NO_DEADLINE U64_MAX
 #define AK_ANY_CPU U32_MAX
 
@@ -27,6 +27,40 @@ struct ak_link_info {
 	u16 mtu;
 };
 
+/* A USB device that is plugged in. */
+struct ak_usb_info {
+	u64 id;
+	u8 bus;
+	u8 depth;	/* how many of ports count: 0 is a root hub */
+	u8 ports[6];
+	u8 address;
+	u8 speed;	/* enum usb_device_speed */
+	u8 configuration;
+	u8 reserved[5];
+};
+
+enum { AK_USB_CONTROL, AK_USB_BULK, AK_USB_INTERRUPT };
+
+/* A transfer: data and cookie are the shim's until ak_usb_reap() gives the cookie back. */
+struct ak_usb_transfer {
+	u64 tag;
+	void *data;
+	size_t len;
+	void *cookie;
+	u8 setup[8];
+	u8 kind;
+	u8 endpoint;
+	u8 zero_packet;
+	u8 reserved[5];
+};
+
+enum { AK_USB_DONE, AK_USB_STALL, AK_USB_OVERFLOW, AK_USB_ERROR, AK_USB_CANCELLED, AK_USB_GONE };
+
+struct ak_usb_over {
+	u32 actual;
+	u32 status;
+};
+
 /* What the shim was compiled with. Rust compares it with its own before anything else runs. */
 struct ak_abi {
 	u32 magic;
@@ -35,6 +69,9 @@ struct ak_abi {
 	u32 disk_info_size;
 	u32 link_info_size;
 	u32 page_size;
+	u32 usb_info_size;
+	u32 usb_transfer_size;
+	u32 usb_over_size;
 };
 
 /* Rust, called by the shim. */
@@ -42,7 +79,7 @@ int ak_rust_check(const struct ak_abi *abi);	/* 0 or -EINVAL; context: any */
 void ak_rust_main(void);			/* the first thread's whole life */
 void ak_rust_thread(void *entry);		/* the whole life of every other thread */
 void ak_rust_stop(void);			/* asks ak_rust_main to return; context: any */
-void ak_rust_raise(const void *signal);		/* raises a signal that a link got; context: any */
+void ak_rust_raise(const void *signal);		/* raises a signal that a link or USB got; context: any */
 
 /* The shim, called by Rust. Context: thread unless it says "any". */
 u64 ak_monotonic_ns(void);			/* any */
@@ -85,5 +122,24 @@ int ak_link_open(u32 link, const void *signal, struct ak_link_info *info);
 int ak_link_send(u32 link, const void *frame, size_t len);
 ssize_t ak_link_receive(u32 link, void *buf, size_t len);
 const void *ak_link_close(u32 link);		/* the signal, which nobody raises any more; or NULL */
+
+/* hypercall::HostUsb. A device is named by the id of its list entry; cookies and signals are given back exactly once. */
+u32 ak_usb_present(void);		/* whether this kernel has USB; any */
+int ak_usb_start(void);			/* before all others */
+const void *ak_usb_watch(const void *signal);	/* the one before, which nobody raises any more; NULL: none */
+size_t ak_usb_list(struct ak_usb_info *list, size_t room);	/* how many there are, of which room are written */
+ssize_t ak_usb_descriptors(u64 id, void *buf, size_t len);
+int ak_usb_open(u64 id, const void *signal);
+int ak_usb_shut(u64 id);			/* nothing is in flight or claimed any more; reap, then close */
+const void *ak_usb_close(u64 id);		/* the signal; cookies not reaped are forgotten */
+int ak_usb_configure(u64 id, u32 value);
+int ak_usb_claim(u64 id, u32 interface);
+void ak_usb_release(u64 id, u32 interface);
+int ak_usb_set_alternate(u64 id, u32 interface, u32 alternate);
+int ak_usb_clear_halt(u64 id, u32 endpoint);
+int ak_usb_reset(u64 id);
+int ak_usb_submit(u64 id, const struct ak_usb_transfer *transfer);
+void ak_usb_cancel(u64 id, u64 tag);
+void *ak_usb_reap(u64 id, struct ak_usb_over *over);	/* a cookie, or NULL */
 
 #endif

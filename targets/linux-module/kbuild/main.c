@@ -201,6 +201,7 @@ int ak_random(void *buf, size_t len)
 
 static void ak_close_all(void)
 {
+	ak_usb_end();
 	ak_links_unregister();
 	ak_disks_close();
 	if (ak_line_len)
@@ -218,6 +219,9 @@ static int __init ak_init(void)
 		.disk_info_size = sizeof(struct ak_disk_info),
 		.link_info_size = sizeof(struct ak_link_info),
 		.page_size = PAGE_SIZE,
+		.usb_info_size = sizeof(struct ak_usb_info),
+		.usb_transfer_size = sizeof(struct ak_usb_transfer),
+		.usb_over_size = sizeof(struct ak_usb_over),
 	};
 	int error = ak_rust_check(&abi);
 

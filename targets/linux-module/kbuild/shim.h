@@ -48,4 +48,7 @@ void ak_disks_close(void);
 int ak_links_register(unsigned int count, unsigned int mtu);
 void ak_links_unregister(void);
 
+/* usb.c */
+void ak_usb_end(void);
+
 #endif

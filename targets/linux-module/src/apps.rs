@@ -24,6 +24,7 @@ const fn app(name: &'static str, main: fn(&Arc<Kernel<Domain>>) -> ExitStatus) -
 const APPS: &[App] = &[
     app("httpd", httpd::main),
     app("selftest", selftest::main),
+    app("usb", usb_app::main),
     app("netbench", netbench::main),
     app("contractbench", contractbench::main),
     App { name: "conformance", main: conformance::main, bare: true },

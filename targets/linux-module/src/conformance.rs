@@ -1,7 +1,7 @@
 //! The contract's own suite on this host, as JSON lines: the application `conformance`.
 //!
 //! Arguments: `core` (also without any), `block:N` for disk N (if it is writable its first MiB is overwritten), `link` for
-//! links 0 and 1, which Linux must have bridged. It runs without components, since those use the links themselves.
+//! links 0 and 1, which Linux must have bridged, `usb:1-2` for the USB device at that place. It runs without components, since those use the links themselves.
 
 use crate::LinuxHost;
 use crate::domain::Domain;
@@ -10,7 +10,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use anykernel::Kernel;
 use hypercall::conformance::{self, CheckReport, Outcome};
-use hypercall::{Clock, Console, ExitStatus, HostLink, Signal};
+use hypercall::{Clock, Console, ExitStatus, HostLink, HostUsb, Signal, UsbPath};
 
 /// Runs the suites that the arguments name.
 pub(crate) fn main(kernel: &Arc<Kernel<Domain>>) -> ExitStatus {
@@ -19,12 +19,14 @@ pub(crate) fn main(kernel: &Arc<Kernel<Domain>>) -> ExitStatus {
     let mut failed = 0;
     for argument in if arguments.is_empty() { &core } else { arguments } {
         let disk = argument.strip_prefix("block:").and_then(|number| number.parse().ok());
+        let place = argument.strip_prefix("usb:").and_then(UsbPath::parse);
         failed += match (argument.as_str(), disk) {
             ("core", _) => failures(|each| conformance::run(LinuxHost, each)),
             ("link", _) => link(),
             (_, Some(disk)) => block(disk),
+            _ if place.is_some() => place.map_or(0, usb),
             _ => {
-                log::error!("conformance: {argument:?} is not a suite: write core, block:N or link");
+                log::error!("conformance: {argument:?} is not a suite: write core, block:N, link or usb:1-2");
                 return ExitStatus::Usage;
             }
         };
@@ -55,6 +57,19 @@ fn link() -> usize {
         wait_for_wire();
     }
     failures(|each| conformance::run_link(LinuxHost, 0, peer, each))
+}
+
+/// A device that is not there is a failure.
+fn usb(place: UsbPath) -> usize {
+    let mut device = None;
+    LinuxHost.usb_devices(&mut |info| device = device.or((info.path == place).then_some(info.id)));
+    match device {
+        Some(device) => failures(|each| conformance::run_usb(LinuxHost, device, each)),
+        None => {
+            log::error!("conformance: no USB device is at {place}");
+            1
+        }
+    }
 }
 
 /// Sends from link 0 until link 1 receives: whoever loads the module bridges them only then. At most 10 s.

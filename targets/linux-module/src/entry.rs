@@ -9,8 +9,9 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use anykernel::Kernel;
 use anykernel::config::Config;
+use anykernel::{Kernel, StartError};
+use anykernel_usb::{Claim, Options, UsbStack};
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicBool, Ordering};
 use hypercall::layers::Channel;
@@ -175,8 +176,24 @@ fn start() -> Result<Running, String> {
     }
 }
 
+/// Starts a stack on Linux's USB devices if the configuration asks for one, and waits until what is to be mounted is there.
+fn start_usb(kernel: &Arc<Kernel<Domain>>) -> Result<(), StartError> {
+    const PATIENCE_NS: u64 = 10_000_000_000;
+    let claim = Claim::of_config(kernel.config());
+    if claim == Claim::None && kernel.config().app.first().is_none_or(|app| app != "usb") {
+        return Ok(());
+    }
+    let stack = UsbStack::start_platform(kernel, Options { claim, ..Options::default() })?;
+    if !stack.settle(PATIENCE_NS) {
+        log::warn!("usb: some devices are still not taken in; going on without them");
+    }
+    kernel.provide(stack);
+    Ok(())
+}
+
 fn start_components(kernel: &Arc<Kernel<Domain>>) -> Result<(), String> {
     let components = [
+        start_usb,
         anykernel_vfs::hostblk::register,
         anykernel_vfs::start,
         anykernel_net::hostlink::register,

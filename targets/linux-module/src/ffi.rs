@@ -6,7 +6,7 @@
 use core::ffi::c_void;
 
 pub(crate) const ABI_MAGIC: u32 = 0x616b_6d6f;
-pub(crate) const ABI_VERSION: u32 = 2;
+pub(crate) const ABI_VERSION: u32 = 3;
 pub(crate) const NO_DEADLINE: u64 = u64::MAX;
 pub(crate) const ANY_CPU: u32 = u32::MAX;
 pub(crate) const WOKEN: i32 = 0;
@@ -27,6 +27,53 @@ pub(crate) struct LinkInfo {
     pub(crate) mtu: u16,
 }
 
+/// `struct ak_usb_info`.
+#[repr(C)]
+#[derive(Default, Clone, Copy)]
+pub(crate) struct UsbInfo {
+    pub(crate) id: u64,
+    pub(crate) bus: u8,
+    pub(crate) depth: u8,
+    pub(crate) ports: [u8; 6],
+    pub(crate) address: u8,
+    /// `enum usb_device_speed` (linux/usb/ch9.h).
+    pub(crate) speed: u8,
+    pub(crate) configuration: u8,
+    pub(crate) reserved: [u8; 5],
+}
+
+pub(crate) const USB_CONTROL: u8 = 0;
+pub(crate) const USB_BULK: u8 = 1;
+pub(crate) const USB_INTERRUPT: u8 = 2;
+
+/// `struct ak_usb_transfer`.
+#[repr(C)]
+pub(crate) struct UsbTransfer {
+    pub(crate) tag: u64,
+    pub(crate) data: *mut u8,
+    pub(crate) len: usize,
+    pub(crate) cookie: *mut c_void,
+    pub(crate) setup: [u8; 8],
+    pub(crate) kind: u8,
+    pub(crate) endpoint: u8,
+    pub(crate) zero_packet: u8,
+    pub(crate) reserved: [u8; 5],
+}
+
+pub(crate) const USB_DONE: u32 = 0;
+pub(crate) const USB_STALL: u32 = 1;
+pub(crate) const USB_OVERFLOW: u32 = 2;
+pub(crate) const USB_CANCELLED: u32 = 4;
+pub(crate) const USB_GONE: u32 = 5;
+
+/// `struct ak_usb_over`.
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct UsbOver {
+    pub(crate) actual: u32,
+    pub(crate) status: u32,
+}
+
 /// What the C half was compiled with.
 #[repr(C)]
 pub(crate) struct Abi {
@@ -36,6 +83,9 @@ pub(crate) struct Abi {
     disk_info_size: u32,
     link_info_size: u32,
     page_size: u32,
+    usb_info_size: u32,
+    usb_transfer_size: u32,
+    usb_over_size: u32,
 }
 
 impl Abi {
@@ -47,6 +97,9 @@ impl Abi {
             && self.disk_info_size == size(size_of::<DiskInfo>())
             && self.link_info_size == size(size_of::<LinkInfo>())
             && self.page_size == size(hypercall::PAGE_SIZE)
+            && self.usb_info_size == size(size_of::<UsbInfo>())
+            && self.usb_transfer_size == size(size_of::<UsbTransfer>())
+            && self.usb_over_size == size(size_of::<UsbOver>())
     }
 }
 
@@ -114,4 +167,28 @@ unsafe extern "C" {
     /// `buf` has room for `len` bytes.
     pub(crate) fn ak_link_receive(link: u32, buf: *mut u8, len: usize) -> isize;
     pub(crate) safe fn ak_link_close(link: u32) -> *const c_void;
+
+    pub(crate) safe fn ak_usb_present() -> u32;
+    pub(crate) safe fn ak_usb_start() -> i32;
+    /// `signal` is what `ak_rust_raise` takes, valid until a later call gives it back; null is none.
+    pub(crate) fn ak_usb_watch(signal: *const c_void) -> *const c_void;
+    /// `list` has room for `room` entries.
+    pub(crate) fn ak_usb_list(list: *mut UsbInfo, room: usize) -> usize;
+    /// `buf` has room for `len` bytes.
+    pub(crate) fn ak_usb_descriptors(device: u64, buf: *mut u8, len: usize) -> isize;
+    /// `signal` is what `ak_rust_raise` takes, valid until `ak_usb_close` gives it back.
+    pub(crate) fn ak_usb_open(device: u64, signal: *const c_void) -> i32;
+    pub(crate) safe fn ak_usb_shut(device: u64) -> i32;
+    pub(crate) safe fn ak_usb_close(device: u64) -> *const c_void;
+    pub(crate) safe fn ak_usb_configure(device: u64, configuration: u32) -> i32;
+    pub(crate) safe fn ak_usb_claim(device: u64, interface: u32) -> i32;
+    pub(crate) safe fn ak_usb_release(device: u64, interface: u32);
+    pub(crate) safe fn ak_usb_set_alternate(device: u64, interface: u32, alternate: u32) -> i32;
+    pub(crate) safe fn ak_usb_clear_halt(device: u64, endpoint: u32) -> i32;
+    pub(crate) safe fn ak_usb_reset(device: u64) -> i32;
+    /// `data` has `len` bytes and is left alone, as is the cookie, until `ak_usb_reap` gives that back; unless the call fails.
+    pub(crate) fn ak_usb_submit(device: u64, transfer: *const UsbTransfer) -> i32;
+    pub(crate) safe fn ak_usb_cancel(device: u64, tag: u64);
+    /// `over` is written if a cookie is returned.
+    pub(crate) fn ak_usb_reap(device: u64, over: *mut UsbOver) -> *mut c_void;
 }

@@ -17,6 +17,7 @@ use hypercall::{
 #[derive(Debug, Clone, Copy)]
 pub struct LinuxHost;
 
+const EPERM: i32 = 1;
 const ENOENT: i32 = 2;
 const ENXIO: i32 = 6;
 const EAGAIN: i32 = 11;
@@ -26,6 +27,7 @@ const ENODEV: i32 = 19;
 const EINVAL: i32 = 22;
 const EROFS: i32 = 30;
 const EOVERFLOW: i32 = 75;
+const EOPNOTSUPP: i32 = 95;
 
 fn error(errno: i32) -> Error {
     match -errno {
@@ -35,24 +37,30 @@ fn error(errno: i32) -> Error {
         EBUSY => Error::Busy,
         ENODEV | ENXIO => Error::Gone,
         EINVAL => Error::Invalid,
-        EROFS => Error::Denied,
+        EPERM | EROFS => Error::Denied,
         EOVERFLOW => Error::BufferTooSmall,
+        EOPNOTSUPP => Error::Unsupported,
         _ => Error::Io,
     }
 }
 
-fn check(result: i32) -> Result<()> {
+pub(crate) fn check(result: i32) -> Result<()> {
     if result == 0 { Ok(()) } else { Err(error(result)) }
 }
 
 /// A length, or an error if it is negative.
-fn length(result: isize) -> Result<usize> {
+pub(crate) fn length(result: isize) -> Result<usize> {
     usize::try_from(result).map_err(|_| error(i32::try_from(result).unwrap_or(i32::MIN + 1)))
 }
 
 impl Versions for LinuxHost {
     fn contracts(&self) -> &'static [ContractVersion] {
-        &[ContractVersion::CORE, ContractVersion::BLOCK, ContractVersion::LINK]
+        const ALL: &[ContractVersion] =
+            &[ContractVersion::CORE, ContractVersion::BLOCK, ContractVersion::LINK, ContractVersion::USB];
+        match ALL.split_last() {
+            Some((_, without_usb)) if ffi::ak_usb_present() == 0 => without_usb,
+            _ => ALL,
+        }
     }
 }
 
@@ -230,10 +238,10 @@ impl HostLink for LinuxHost {
     }
 }
 
-/// Drops the reference that `link_open` leaked; null is none.
-fn drop_signal(signal: *const c_void) {
+/// Drops a reference that was leaked for the C half; null is none.
+pub(crate) fn drop_signal(signal: *const c_void) {
     if !signal.is_null() {
-        // SAFETY: it is what `Arc::into_raw` gave in `link_open`, and the C half has just given it up.
+        // SAFETY: it is what `Arc::into_raw` gave when it was handed over, and the C half has just given it up.
         drop(unsafe { Arc::from_raw(signal.cast::<Signal>()) });
     }
 }

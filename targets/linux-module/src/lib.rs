@@ -21,5 +21,6 @@ mod ffi;
 mod heap;
 mod host;
 mod logger;
+mod usb;
 
 pub use host::LinuxHost;
