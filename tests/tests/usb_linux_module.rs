@@ -1,0 +1,150 @@
+//! USB in the Linux module: Debian's generic kernels in QEMU, whose USB core hands its devices to our stack. Needs
+//! `qemu-system-x86_64`, `mkfs.fat`, `fsck.fat`, mtools and Debian's packages of those kernels (fetched without privileges).
+
+use anykernel_userspace::qemu::linux_module::{self, Said};
+use anykernel_userspace::{DiskSpec, RunSpec, UsbSpec};
+use hypercall::ExitStatus;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Longer than any script takes on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(400);
+
+/// Functions of every script. What is said goes to the second serial port, which the test reads.
+const PRELUDE: &str = r#"
+say() { echo "$*" >/dev/ttyS1; }
+status() {
+	while read -r state code </sys/module/anykernel/parameters/status; do
+		case $state in ended | dead) break ;; esac
+		sleep 0.2
+	done
+	say "status $state $code"
+}
+load() { insmod /lib/anykernel.ko links=0 config="$1" || say "insmod failed"; }
+unload() {
+	rmmod anykernel && say "unloaded" || say "not unloaded"
+	[ -e /sys/bus/usb/drivers/anykernel ] && say "the driver is left"
+	ps | grep -E '\[(ak-|usb-host|usb-poll|vfs)' && say "threads are left"
+	dmesg -c | sed -n -e 's/^.*\] anykernel: /log /p' -e '/WARNING\|BUG\|Call Trace/p' >/dev/ttyS1
+}
+# Who has interface 0 of the device at $1.
+driver() { say "driver $(basename "$(readlink /sys/bus/usb/devices/$1:1.0/driver)")"; }
+"#;
+
+fn run(program: &str, args: &[&str]) {
+    let status = Command::new(program).args(args).stdout(Stdio::null()).status();
+    assert!(status.unwrap_or_else(|error| panic!("{program}: {error}")).success(), "{program} {args:?}");
+}
+
+/// A stick with FAT32, and files whose checksums are in `/SHA256SUMS`.
+fn stick(dir: &Path) -> PathBuf {
+    let image = dir.join("stick.img");
+    fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let shown = image.to_str().unwrap();
+    run("mkfs.fat", &["-F", "32", shown]);
+    let content: Vec<u8> = (0..3_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut names = Vec::new();
+    for (name, len) in [("big.bin", content.len()), ("odd.bin", 12_345), ("empty", 0)] {
+        fs::write(dir.join(name), &content[..len]).unwrap();
+        run("mcopy", &["-i", shown, dir.join(name).to_str().unwrap(), "::/"]);
+        names.push(format!("./{name}"));
+    }
+    let sums = Command::new("sha256sum").args(&names).current_dir(dir).output().unwrap().stdout;
+    fs::write(dir.join("SHA256SUMS"), sums).unwrap();
+    run("mcopy", &["-i", shown, dir.join("SHA256SUMS").to_str().unwrap(), "::/"]);
+    image
+}
+
+fn boot(series: &str, image: &Path, script: &str, args: &[&str]) -> Vec<String> {
+    let disk = UsbSpec::Disk(DiskSpec { path: image.into(), writable: true });
+    let usb = vec![disk, UsbSpec::Hub, UsbSpec::Keyboard];
+    let spec = RunSpec { usb, cpus: 2, ..RunSpec::new(Default::default()) };
+    let script = format!("{PRELUDE}\n{script}\nsay complete\nend 0\n");
+    let said: Said = linux_module::run_script(&spec, series, &script, PATIENCE, args)
+        .unwrap_or_else(|error| panic!("{error}"));
+    let lines: Vec<String> = said.lines.lines().map(|line| line.trim_end().to_owned()).collect();
+    assert!(
+        said.ended == Ok(ExitStatus::Success) && lines.iter().any(|line| line == "complete"),
+        "Linux {series} stopped early ({:?}), after {lines:#?}, with these last words:\n{}",
+        said.ended,
+        said.last_words()
+    );
+    for bad in ["left", "not unloaded", "WARNING", "BUG", "Call Trace"] {
+        assert!(!lines.iter().any(|line| line.contains(bad)), "{bad} in {lines:#?}\n{}", said.last_words());
+    }
+    lines
+}
+
+/// Those lines that begin with `key`, without it.
+fn of<'a>(lines: &'a [String], key: &str) -> Vec<&'a str> {
+    lines.iter().filter_map(|line| line.strip_prefix(key)?.strip_prefix(' ')).collect()
+}
+
+fn objects(lines: &[String]) -> Vec<Value> {
+    of(lines, "log").iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// The contract's suite on a stick that Linux's own driver has, and on a keyboard, which keeps silent; the list; files by checksum, and writing. Each time the
+/// module takes what it was told to, and nothing else, and gives it back.
+fn works(series: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let image = stick(dir.path());
+    let script = r#"
+for name in scsi_common scsi_mod usb_storage; do
+	[ -f /lib/$name.ko ] && insmod /lib/$name.ko
+done
+sleep 1
+driver 2-1
+load '{"app":["conformance","usb:2-1","usb:1-2.1"]}'
+status
+unload
+driver 2-1
+load '{"log":"warn","app":["usb","list","--json"]}'
+status
+driver 2-1
+unload
+load '{"app":["selftest","fat"],"mounts":[{"source":"usb2-1","target":"/fat"}]}'
+driver 2-1
+driver 1-2
+status
+unload
+driver 2-1
+sync
+"#;
+    let said = boot(series, &image, script, &[]);
+    assert_eq!(of(&said, "status"), ["ended 0"; 3], "{said:#?}");
+    let [storage, ours, hub] = ["usb-storage", "anykernel", "hub"];
+    assert_eq!(of(&said, "driver"), [storage, storage, storage, ours, hub, storage], "{said:#?}");
+    let objects = objects(&said);
+    let passed: Vec<&str> = objects
+        .iter()
+        .filter(|object| object["status"] == "pass")
+        .filter_map(|object| object["check"].as_str())
+        .collect();
+    for (contract, checks) in hypercall::conformance::SUITES {
+        for check in checks.iter().filter(|_| *contract == "usb") {
+            let check = format!("conformance/{check}");
+            assert!(passed.contains(&check.as_str()), "{check} did not pass on Linux {series}: {said:#?}");
+        }
+    }
+    for path in ["usb1", "usb2", "1-2", "1-2.1", "2-1"] {
+        assert!(objects.iter().any(|object| object["path"] == path), "{path} is not listed: {said:#?}");
+    }
+    for check in ["fat/checksums", "fat/write"] {
+        assert!(passed.contains(&check), "{check} did not pass on Linux {series}: {said:#?}");
+    }
+    run("fsck.fat", &["-n", image.to_str().unwrap()]);
+}
+
+#[test]
+fn a_stick_works_in_6_1() {
+    works("6.1");
+}
+
+#[test]
+fn a_stick_works_in_6_12() {
+    works("6.12");
+}
