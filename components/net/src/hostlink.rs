@@ -75,28 +75,33 @@ impl<H: Host + HostLink> Nic for HostNic<H> {
         if self.opened.swap(true, Ordering::AcqRel) {
             return Err(Error::Busy);
         }
-        let info = match self.host.link_open(self.link, signal) {
-            Ok(info) => info,
-            Err(error) => {
-                self.opened.store(false, Ordering::Release);
-                return Err(error);
-            }
-        };
-        let frame_bytes = usize::from(info.mtu) + crate::packet::ETHERNET_LEN;
-        let mut buf = Vec::new();
-        buf.try_reserve_exact(frame_bytes).map_err(|_| Error::NoMemory)?;
-        buf.resize(frame_bytes, 0);
+        // All that can fail by itself comes before the link is open.
+        let frame_bytes = usize::from(self.info.mtu) + crate::packet::ETHERNET_LEN;
+        let opened = buffer(frame_bytes).and_then(|buf| {
+            let scratch = buffer(frame_bytes)?;
+            self.host.link_open(self.link, signal)?;
+            Ok((buf, scratch))
+        });
+        let (buf, scratch) = opened.inspect_err(|_| self.opened.store(false, Ordering::Release))?;
         Ok(Box::new(HostQueue {
             host: self.host,
             link: self.link,
             frame_bytes,
-            scratch: buf.clone(),
             buf,
+            scratch,
             waiting: VecDeque::new(),
             starved: false,
             peeked: None,
         }))
     }
+}
+
+/// `len` zeroed bytes.
+fn buffer(len: usize) -> hypercall::Result<Vec<u8>> {
+    let mut buf = Vec::new();
+    buf.try_reserve_exact(len).map_err(|_| Error::NoMemory)?;
+    buf.resize(len, 0);
+    Ok(buf)
 }
 
 impl<H: Host + HostLink> HostQueue<H> {

@@ -183,7 +183,12 @@ impl<H: Dma, T> Queue<H, T> {
         Ok(queue)
     }
 
-    /// Where the device finds it.
+    /// Where its memory begins for a device.
+    pub(crate) fn begins_at(&self) -> u64 {
+        self.memory.device_addr(0)
+    }
+
+    /// Where the device finds it; from now on its memory is freed by [`Queue::dismantle`] only.
     pub(crate) fn addresses(&self) -> RingAddresses {
         self.told.store(true, Relaxed);
         RingAddresses {

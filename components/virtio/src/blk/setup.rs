@@ -108,29 +108,42 @@ impl<H: DeviceHost> Blk<H> {
         let mut segments = segments.clamp(1, u32::from(most_segments)) as usize;
         let indirect = has(feature::INDIRECT_DESC);
         let mut queues = Vec::new();
-        for index in 0..queue_count {
-            let offered = transport.queue_max(index);
-            if offered < 4 {
-                return Err(Error::BadDevice("its request queue is missing or too small"));
+        let mut make = || {
+            for index in 0..queue_count {
+                let offered = transport.queue_max(index);
+                if offered < 4 {
+                    return Err(Error::BadDevice("its request queue is missing or too small"));
+                }
+                let size = 1 << offered.min(most_entries).ilog2();
+                if !indirect {
+                    segments = segments.min(usize::from(size) - 2);
+                }
+                let options = QueueOptions {
+                    size,
+                    event_idx: has(feature::EVENT_IDX),
+                    indirect: if indirect { segments as u16 + 2 } else { 0 },
+                    max_segment,
+                };
+                let queue = Queue::new(host, options)?;
+                let depth = usize::from(size) / if indirect { 1 } else { 3 };
+                let headers = DmaSlot::pool(host, spec::HEADER_BYTES + 1, depth)
+                    .map_err(|error| Error::Host("allocating request headers", error))?;
+                let doorbell = transport.enable_queue(index, &queue, index)?;
+                queues.push(BlkQueue { queue, doorbell, headers });
             }
-            let size = 1 << offered.min(most_entries).ilog2();
-            if !indirect {
-                segments = segments.min(usize::from(size) - 2);
+            request_limit(segments, max_segment as usize, sector_size as usize)
+        };
+        let made = make();
+        let max_request_bytes = match made {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                // The device knows those that were made. Without a reset their memory stays lent.
+                if let Some(proof) = transport.reset() {
+                    queues.into_iter().for_each(|BlkQueue { queue, .. }| queue.dismantle(&proof, |_, _| ()));
+                }
+                return Err(error);
             }
-            let options = QueueOptions {
-                size,
-                event_idx: has(feature::EVENT_IDX),
-                indirect: if indirect { segments as u16 + 2 } else { 0 },
-                max_segment,
-            };
-            let queue = Queue::new(host, options)?;
-            let depth = usize::from(size) / if indirect { 1 } else { 3 };
-            let headers = DmaSlot::pool(host, spec::HEADER_BYTES + 1, depth)
-                .map_err(|error| Error::Host("allocating request headers", error))?;
-            let doorbell = transport.enable_queue(index, size, queue.addresses(), index)?;
-            queues.push(BlkQueue { queue, doorbell, headers });
-        }
-        let max_request_bytes = request_limit(segments, max_segment as usize, sector_size as usize)?;
+        };
 
         let mut signals = Vec::new();
         let mut attached = Vec::new();

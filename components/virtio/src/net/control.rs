@@ -36,7 +36,7 @@ impl<H: DeviceHost> Control<H> {
             .map_err(|error| Error::Host("allocating the control buffer", error))?
             .pop();
         // Last: what the device was told of is not freed when the set-up fails.
-        let doorbell = transport.enable_queue(index, options.size, queue.addresses(), pci::NO_VECTOR)?;
+        let doorbell = transport.enable_queue(index, &queue, pci::NO_VECTOR)?;
         Ok(Self { queue, doorbell, slot })
     }
 

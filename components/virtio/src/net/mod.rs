@@ -138,6 +138,7 @@ impl<H: DeviceHost> Net<H> {
         Ok(())
     }
 
+    /// Asks the device what it is and makes its queues. On an error nothing of it is left.
     fn set_up(kernel: &Arc<Kernel<H>>, transport: &mut Transport<H>) -> Result<Parts<H>> {
         let host = kernel.host().of_component("virtnet");
         let features = transport.negotiate(|offered| choose_features(offered, host.cpu_count()))?;
@@ -189,17 +190,27 @@ impl<H: DeviceHost> Net<H> {
         };
         let budget = Budget::new(host.memory_bytes());
         let mut pairs = Vec::new();
-        for index in 0..count {
-            pairs.push(Pair::new(host, transport, index, features, agreed, budget, counters.clone())?);
+        let mut make = || {
+            for index in 0..count {
+                pairs.push(Pair::new(host, transport, index, features, agreed, budget, counters.clone())?);
+            }
+            (count > 1).then(|| Control::new(host, transport, 2 * max_pairs, features)).transpose()
+        };
+        match make() {
+            Ok(control) => Ok(Parts {
+                info: NicInfo { name, mac, mtu, caps: agreed.caps, queues: count },
+                has_status: has(spec::F_STATUS),
+                control,
+                pairs,
+            }),
+            Err(error) => {
+                // The device knows those that were made. Without a reset their memory stays lent.
+                if let Some(proof) = transport.reset() {
+                    pairs.into_iter().for_each(|pair| pair.dismantle(&proof));
+                }
+                Err(error)
+            }
         }
-        let control =
-            if count > 1 { Some(Control::new(host, transport, 2 * max_pairs, features)?) } else { None };
-        Ok(Parts {
-            info: NicInfo { name, mac, mtu, caps: agreed.caps, queues: count },
-            has_status: has(spec::F_STATUS),
-            control,
-            pairs,
-        })
     }
 
     /// Reads whether the link is up.

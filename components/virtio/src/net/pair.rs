@@ -107,8 +107,17 @@ impl<H: DeviceHost> Pair<H> {
 
         let receive = Queue::new(host, options(rx.1))?;
         let transmit = Queue::new(host, options(tx.1))?;
-        let receive_bell = transport.enable_queue(rx.0, rx.1, receive.addresses(), index)?;
-        let transmit_bell = transport.enable_queue(tx.0, tx.1, transmit.addresses(), index)?;
+        let receive_bell = transport.enable_queue(rx.0, &receive, index)?;
+        let transmit_bell = match transport.enable_queue(tx.0, &transmit, index) {
+            Ok(bell) => bell,
+            Err(error) => {
+                // The device knows one of the two; a later reset by the caller does not hurt.
+                if let Some(proof) = transport.reset() {
+                    receive.dismantle(&proof, |(), chain| drop(chain));
+                }
+                return Err(error);
+            }
+        };
         Ok(Self {
             host,
             agreed,

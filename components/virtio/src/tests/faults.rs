@@ -13,15 +13,18 @@ use hypercall::layers::{Fault, FaultPlan, Faulty};
 use std::vec;
 
 /// Devices on both buses; what the driver makes of them is its own affair as long as it gives everything back.
-fn run(fault: Fault) -> &'static FaultPlan {
+fn run(fault: Fault, cpus: u32) -> &'static FaultPlan {
     let plan: &'static FaultPlan = Box::leak(Box::new(FaultPlan::new(fault)));
     let machine = TestMachine::new();
-    // One queue each: with several, those that the device knows stay lent when a later one cannot be made.
-    machine.set_cpus(1);
+    machine.set_cpus(cpus);
     machine.add_mmio(BlkModel::new(vec![7; 64 << 10]), MmioOptions::default());
     machine.add_mmio(NetModel::new([2, 0, 0, 0, 0, 1]), MmioOptions::default());
-    machine.add_pci(BlkModel::new(vec![7; 64 << 10]), PciOptions::default());
-    machine.add_pci(NetModel::new([2, 0, 0, 0, 0, 2]), PciOptions { msix: 1, ..PciOptions::default() });
+    // As many queues as there are CPUs, and as there are vectors.
+    let mut several = BlkModel::new(vec![7; 64 << 10]);
+    several.queues = 2;
+    machine.add_pci(several, PciOptions::default());
+    machine.add_pci(NetModel::new([2, 0, 0, 0, 0, 2]).with_pairs(2), PciOptions::default());
+    machine.add_pci(NetModel::new([2, 0, 0, 0, 0, 3]), PciOptions { msix: 1, ..PciOptions::default() });
     let host = Faulty::new(machine, plan);
     let kernel = Kernel::new(host, Config::default());
     let _ = crate::probe(&kernel);
@@ -35,7 +38,8 @@ fn run(fault: Fault) -> &'static FaultPlan {
         let _ = transfer(host, &*disk, Op::Flush, 0, vec![]);
     }
     for nic in kernel.nics() {
-        if let Ok(mut queue) = nic.open_queue(0, Arc::new(Signal::new())) {
+        let queues = (0..nic.info().queues).map(|index| nic.open_queue(index, Arc::new(Signal::new())));
+        for mut queue in queues.collect::<vec::Vec<_>>().into_iter().flatten() {
             let _ = queue.transmit(60, TxMeta::default(), &mut |frame| frame.fill(1));
             queue.flush();
             queue.receive(8, &mut |_, _| ());
@@ -54,10 +58,12 @@ fn run(fault: Fault) -> &'static FaultPlan {
 
 #[test]
 fn every_hypercall_fails() {
-    let calls = run(Fault::Never).counted();
-    assert!(calls > 30, "{calls}");
-    for n in 1..=calls {
-        run(Fault::Nth(n));
-        run(Fault::From(n));
+    for cpus in [1, 2] {
+        let calls = run(Fault::Never, cpus).counted();
+        assert!(calls > 30, "{calls}");
+        for n in 1..=calls {
+            run(Fault::Nth(n), cpus);
+            run(Fault::From(n), cpus);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Doorbell, Registers};
 use crate::error::{Error, Result};
-use crate::queue::RingAddresses;
+use crate::queue::Queue;
 use crate::spec::{mmio as reg, ring};
 use hypercall::{DeviceHost, MmioDevice, Width};
 
@@ -93,7 +93,7 @@ impl<H: DeviceHost> MmioTransport<H> {
         u16::try_from(self.registers.read32(reg::QUEUE_NUM_MAX)).unwrap_or(1 << 15)
     }
 
-    pub(super) fn enable_queue(&mut self, index: u16, size: u16, at: RingAddresses) -> Result<Doorbell<H>> {
+    pub(super) fn enable_queue<T>(&mut self, index: u16, queue: &Queue<H, T>) -> Result<Doorbell<H>> {
         let doorbell = Doorbell::new(self.registers, reg::QUEUE_NOTIFY, Width::U32, index)?;
         let registers = &self.registers;
         registers.write32(reg::QUEUE_SEL, u32::from(index));
@@ -101,13 +101,15 @@ impl<H: DeviceHost> MmioTransport<H> {
         if registers.read32(in_use) != 0 {
             return Err(Error::BadDevice("a queue is in use after the reset"));
         }
-        registers.write32(reg::QUEUE_NUM, u32::from(size));
+        registers.write32(reg::QUEUE_NUM, u32::from(queue.size()));
         if self.legacy {
-            let frame = u32::try_from(at.descriptors / ring::LEGACY_ALIGN as u64)
+            let frame = u32::try_from(queue.begins_at() / ring::LEGACY_ALIGN as u64)
                 .map_err(|_| Error::Unsupported("a legacy device cannot reach memory above 16 TiB"))?;
+            queue.addresses();
             registers.write32(reg::LEGACY_QUEUE_ALIGN, ring::LEGACY_ALIGN as u32);
             registers.write32(reg::LEGACY_QUEUE_PFN, frame);
         } else {
+            let at = queue.addresses();
             registers.write64(reg::QUEUE_DESC, at.descriptors);
             registers.write64(reg::QUEUE_DRIVER, at.driver);
             registers.write64(reg::QUEUE_DEVICE, at.device);

@@ -7,7 +7,7 @@ pub(crate) use mmio::MmioTransport;
 pub(crate) use pci::{PciTransport, device_type as pci_device_type};
 
 use crate::error::{Error, Result};
-use crate::queue::{Quiet, RingAddresses};
+use crate::queue::{Queue, Quiet};
 use crate::spec::{Status, feature};
 use alloc::sync::Arc;
 use core::fmt;
@@ -224,17 +224,17 @@ impl<H: DeviceHost> Transport<H> {
         each!(self, t => t.queue_max(index))
     }
 
-    /// Tells the device of a queue. `vector`: which of the device's interrupts belongs to it, if it has several.
-    pub(crate) fn enable_queue(
+    /// Tells the device of a queue. `vector`: which of the device's interrupts belongs to it, if it has several. On an error
+    /// the device was not told: the queue may be dropped.
+    pub(crate) fn enable_queue<T>(
         &mut self,
         index: u16,
-        size: u16,
-        ring: RingAddresses,
+        queue: &Queue<H, T>,
         vector: u16,
     ) -> Result<Doorbell<H>> {
         match self {
-            Transport::Mmio(t) => t.enable_queue(index, size, ring),
-            Transport::Pci(t) => t.enable_queue(index, size, ring, vector),
+            Transport::Mmio(t) => t.enable_queue(index, queue),
+            Transport::Pci(t) => t.enable_queue(index, queue, vector),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::{Doorbell, InterruptMode, Registers};
 use crate::error::{Error, Result};
-use crate::queue::RingAddresses;
+use crate::queue::Queue;
 use crate::spec::{DEVICE_BLOCK, DEVICE_NET, pci as reg};
 use alloc::sync::Arc;
 use hypercall::{CpuId, DeviceHost, IrqSource, PciAddress, PhysAddr, Signal, Width};
@@ -193,11 +193,10 @@ impl<H: DeviceHost> PciTransport<H> {
         self.common.read(reg::QUEUE_SIZE, Width::U16) as u16
     }
 
-    pub(super) fn enable_queue(
+    pub(super) fn enable_queue<T>(
         &mut self,
         index: u16,
-        size: u16,
-        at: RingAddresses,
+        queue: &Queue<H, T>,
         vector: u16,
     ) -> Result<Doorbell<H>> {
         self.select(index);
@@ -209,7 +208,7 @@ impl<H: DeviceHost> PciTransport<H> {
         if self.common.read(reg::QUEUE_ENABLE, Width::U16) != 0 {
             return Err(Error::BadDevice("a queue is in use after the reset"));
         }
-        self.common.write(reg::QUEUE_SIZE, Width::U16, u64::from(size));
+        self.common.write(reg::QUEUE_SIZE, Width::U16, u64::from(queue.size()));
         let vector = match self.mode {
             InterruptMode::Msix(_) => vector,
             InterruptMode::Line(_) => reg::NO_VECTOR,
@@ -218,6 +217,7 @@ impl<H: DeviceHost> PciTransport<H> {
         if self.common.read(reg::QUEUE_MSIX_VECTOR, Width::U16) as u16 != vector {
             return Err(Error::BadDevice("it cannot give a queue its interrupt vector"));
         }
+        let at = queue.addresses();
         self.common.write64(reg::QUEUE_DESC, at.descriptors);
         self.common.write64(reg::QUEUE_DRIVER, at.driver);
         self.common.write64(reg::QUEUE_DEVICE, at.device);
