@@ -32,6 +32,8 @@ mod call;
 mod clock;
 pub mod conformance;
 mod cpu;
+#[cfg(any(test, feature = "devices"))]
+pub mod devices;
 mod dma;
 mod error;
 mod irq;

@@ -142,6 +142,11 @@ impl TestHost {
         self.0.pages.load(Ordering::SeqCst)
     }
 
+    /// How many threads were started and not yet joined.
+    pub fn threads_in_use(&self) -> usize {
+        self.0.threads.lock().unwrap().len()
+    }
+
     /// What was written to the console so far.
     pub fn console_text(&self) -> String {
         String::from_utf8_lossy(&self.0.console.lock().unwrap()).into_owned()

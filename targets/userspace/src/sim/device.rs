@@ -1,13 +1,16 @@
 //! Registers, PCI functions and interrupts, with models of devices behind them.
 
-use super::engine::{Event, Node, Raiser, World};
+use super::engine::World;
+use super::event::Event;
+use super::node::Node;
+use super::park::Raiser;
 use super::{SimHost, Simulation};
+use hypercall::devices::{DeviceTable, Fired};
 use hypercall::{
     Call, CpuId, DmaAddr, Error, Irq, IrqId, IrqSource, Mmio, MmioDevice, MmioRegion, Pci, PciAddress,
     PhysAddr, Result, Signal, Width,
 };
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -52,7 +55,12 @@ impl Bus {
 
     /// A random number of the device's own stream.
     pub fn random(&self) -> u64 {
-        self.with(|_, node| node.devices.borrow_mut().random()).unwrap_or(0)
+        let stream = 2_000_000 + u64::from(self.0.index());
+        self.with(|world, node| {
+            let random = &mut node.devices.borrow_mut().random;
+            random.get_or_insert_with(|| super::Random::new(world.config.seed, stream)).next_u64()
+        })
+        .unwrap_or(0)
     }
 
     /// `what` happens in `ns`. It must not block. Dropped if the node goes down before.
@@ -71,81 +79,29 @@ impl Bus {
     /// Interrupts. `false`: nobody is attached. A line that fired stays masked until it is unmasked; what comes meanwhile is
     /// delivered then.
     pub fn interrupt(&self, source: IrqSource) -> bool {
-        self.with(|world, node| match node.devices.borrow_mut().fire(source) {
-            Fired::Nobody => false,
-            Fired::Masked => true,
-            Fired::Signal(signal) => {
+        self.with(|world, node| {
+            let fired = node.devices.borrow_mut().table.fire(source);
+            if let Fired::Raise(signal) = &fired {
                 signal.raise(&Raiser(world));
-                true
             }
+            !matches!(fired, Fired::Nobody)
         })
         .unwrap_or(false)
     }
 }
 
-enum Fired {
-    Nobody,
-    Masked,
-    Signal(Arc<Signal>),
-}
-
 type Model = Rc<RefCell<dyn Registers>>;
-
-struct Window {
-    at: PhysAddr,
-    len: usize,
-    /// Of a virtio-mmio transport.
-    line: Option<u32>,
-    model: Model,
-}
-
-struct Function {
-    space: Vec<u8>,
-    msix_entries: u16,
-    /// Of base address registers: which bits a driver can set.
-    writable: BTreeMap<u16, u32>,
-}
-
-struct Attached {
-    id: u32,
-    source: IrqSource,
-    signal: Arc<Signal>,
-    masked: bool,
-    pending: bool,
-}
-
-/// Lines that exist.
-const LINES: u32 = 64;
 
 /// The devices of a node.
 #[derive(Default)]
 pub(super) struct Devices {
-    windows: Vec<Window>,
-    functions: BTreeMap<PciAddress, Function>,
-    attached: Vec<Attached>,
-    next_irq: u32,
+    table: DeviceTable<Model>,
     random: Option<super::Random>,
 }
 
 impl Devices {
     pub(super) fn attached(&self) -> u64 {
-        self.attached.len() as u64
-    }
-
-    fn random(&mut self) -> u64 {
-        self.random.get_or_insert_with(|| super::Random::new(4, 4)).next_u64()
-    }
-
-    fn fire(&mut self, source: IrqSource) -> Fired {
-        let Some(attached) = self.attached.iter_mut().find(|one| one.source == source) else {
-            return Fired::Nobody;
-        };
-        if attached.masked {
-            attached.pending = true;
-            return Fired::Masked;
-        }
-        attached.masked = matches!(source, IrqSource::Line(_));
-        Fired::Signal(attached.signal.clone())
+        self.table.attached() as u64
     }
 }
 
@@ -164,12 +120,12 @@ impl Simulation {
         line: u32,
         model: Rc<RefCell<dyn Registers>>,
     ) {
-        self.devices(host, |devices| devices.windows.push(Window { at, len, line: Some(line), model }));
+        self.devices(host, |devices| devices.table.add_window(at, len, Some(line), model));
     }
 
     /// Adds memory of a PCI function: what one of its base address registers points to.
     pub fn add_pci_memory(&self, host: SimHost, at: PhysAddr, len: usize, model: Rc<RefCell<dyn Registers>>) {
-        self.devices(host, |devices| devices.windows.push(Window { at, len, line: None, model }));
+        self.devices(host, |devices| devices.table.add_window(at, len, None, model));
     }
 
     /// Adds a PCI function with its configuration space (at most 4096 bytes) and MSI-X entries. `bars` says of which
@@ -182,10 +138,7 @@ impl Simulation {
         msix_entries: u16,
         bars: &[(u16, u32)],
     ) {
-        let mut whole = vec![0; 4096];
-        whole[..space.len()].copy_from_slice(space);
-        let function = Function { space: whole, msix_entries, writable: bars.iter().copied().collect() };
-        self.devices(host, |devices| devices.functions.insert(at, function));
+        self.devices(host, |devices| devices.table.add_function(at, space, msix_entries, bars));
     }
 }
 
@@ -195,11 +148,7 @@ impl SimHost {
         assert!(region.holds(offset, width), "register {offset:#x} is not in the region or not aligned");
         let address = (region.base() + offset) as u64;
         self.call(call, [address, width.bytes() as u64], |node| {
-            let devices = node.devices.borrow();
-            let window =
-                devices.windows.iter().find(|one| address >= one.at.0 && address - one.at.0 < one.len as u64);
-            let window = window.ok_or(Error::NotFound)?;
-            Ok((window.model.clone(), (address - window.at.0) as usize))
+            node.devices.borrow().table.model(address).ok_or(Error::NotFound)
         })
         .ok()
     }
@@ -207,31 +156,14 @@ impl SimHost {
 
 impl Mmio for SimHost {
     fn mmio_devices(&self, found: &mut dyn FnMut(MmioDevice)) {
-        let list = self.value(Call::MmioDevices, |node| {
-            let devices = node.devices.borrow();
-            let list = devices
-                .windows
-                .iter()
-                .filter_map(|one| Some(MmioDevice { registers: one.at, len: one.len, line: one.line? }));
-            list.collect::<Vec<_>>()
-        });
+        let list = self.value(Call::MmioDevices, |node| node.devices.borrow().table.transports());
         list.unwrap_or_default().into_iter().for_each(found);
     }
 
     #[expect(unsafe_code, reason = "mints regions")]
     fn mmio_map(&self, at: PhysAddr, len: usize) -> Result<MmioRegion> {
         self.call(Call::MmioMap, [at.0, len as u64], |node| {
-            if len == 0 {
-                return Err(Error::Invalid);
-            }
-            let devices = node.devices.borrow();
-            let inside = |one: &Window| {
-                at.0 >= one.at.0
-                    && (at.0 - one.at.0).checked_add(len as u64).is_some_and(|end| end <= one.len as u64)
-            };
-            if !devices.windows.iter().any(inside) {
-                return Err(Error::Denied);
-            }
+            node.devices.borrow().table.can_map(at, len)?;
             // SAFETY: accesses go to a model, never to memory.
             Ok(unsafe { MmioRegion::new(at.0 as usize, len) })
         })
@@ -259,52 +191,25 @@ impl Mmio for SimHost {
     }
 }
 
-fn config_bytes(function: &Function, offset: u16, width: Width) -> Result<core::ops::Range<usize>> {
-    let (at, bytes) = (usize::from(offset), width.bytes());
-    if bytes > 4 || !at.is_multiple_of(bytes) || at + bytes > function.space.len() {
-        return Err(Error::Invalid);
-    }
-    Ok(at..at + bytes)
-}
-
 fn number(at: PciAddress) -> u64 {
     u64::from(at.segment) << 16 | u64::from(at.bus) << 8 | u64::from(at.device) << 3 | u64::from(at.function)
 }
 
 impl Pci for SimHost {
     fn pci_functions(&self, found: &mut dyn FnMut(PciAddress)) {
-        let list = self.value(Call::PciFunctions, |node| {
-            node.devices.borrow().functions.keys().copied().collect::<Vec<_>>()
-        });
+        let list = self.value(Call::PciFunctions, |node| node.devices.borrow().table.functions());
         list.unwrap_or_default().into_iter().for_each(found);
     }
 
     fn pci_read(&self, function: PciAddress, offset: u16, width: Width) -> Result<u32> {
         self.call(Call::PciRead, [number(function), offset.into()], |node| {
-            let devices = node.devices.borrow();
-            let found = devices.functions.get(&function).ok_or(Error::NotFound)?;
-            let range = config_bytes(found, offset, width)?;
-            let mut value = [0; 4];
-            value[..range.len()].copy_from_slice(&found.space[range]);
-            Ok(u32::from_le_bytes(value))
+            node.devices.borrow().table.pci_read(function, offset, width)
         })
     }
 
     fn pci_write(&self, function: PciAddress, offset: u16, width: Width, value: u32) -> Result<()> {
         self.call(Call::PciWrite, [number(function), u64::from(offset) << 32 | u64::from(value)], |node| {
-            let mut devices = node.devices.borrow_mut();
-            let found = devices.functions.get_mut(&function).ok_or(Error::NotFound)?;
-            let range = config_bytes(found, offset, width)?;
-            let mut value = value;
-            if (0x10..0x28).contains(&offset) {
-                value &= found.writable.get(&offset).copied().unwrap_or(0);
-                // The low bits say of which kind the register is.
-                value |= u32::from(found.space[range.start]) & 0xf;
-            }
-            let bytes = value.to_le_bytes();
-            let len = range.len();
-            found.space[range].copy_from_slice(&bytes[..len]);
-            Ok(())
+            node.devices.borrow_mut().table.pci_write(function, offset, width, value)
         })
     }
 }
@@ -319,36 +224,14 @@ fn source_number(source: IrqSource) -> u64 {
 impl Irq for SimHost {
     fn irq_attach(&self, source: IrqSource, cpu: CpuId, signal: Arc<Signal>) -> Result<IrqId> {
         self.call(Call::IrqAttach, [source_number(source), cpu.0.into()], |node| {
-            let mut devices = node.devices.borrow_mut();
-            if cpu.0 >= node.setup.cpus.max(1) {
-                return Err(Error::Invalid);
-            }
-            let exists = match source {
-                IrqSource::Line(line) => line < LINES,
-                IrqSource::Msix { function, entry } => {
-                    devices.functions.get(&function).is_some_and(|found| entry < found.msix_entries)
-                }
-            };
-            if !exists {
-                return Err(Error::NotFound);
-            }
-            if devices.attached.iter().any(|one| one.source == source) {
-                return Err(Error::Busy);
-            }
-            devices.next_irq += 1;
-            let id = devices.next_irq;
-            devices.attached.push(Attached { id, source, signal, masked: false, pending: false });
-            Ok(IrqId(id))
+            let cpus = node.setup.cpus.max(1);
+            node.devices.borrow_mut().table.attach(source, cpu, cpus, signal)
         })
     }
 
     fn irq_unmask(&self, irq: IrqId) {
         let _ = self.world_call(Call::IrqUnmask, [irq.0.into(), 0], |world, node| {
-            let mut devices = node.devices.borrow_mut();
-            let attached = devices.attached.iter_mut().find(|one| one.id == irq.0).ok_or(Error::NotFound)?;
-            attached.masked = core::mem::take(&mut attached.pending);
-            let again = attached.masked.then(|| attached.signal.clone());
-            drop(devices);
+            let again = node.devices.borrow_mut().table.unmask(irq);
             if let Some(signal) = again {
                 signal.raise(&Raiser(world));
             }
@@ -358,10 +241,7 @@ impl Irq for SimHost {
 
     fn irq_detach(&self, irq: IrqId) {
         self.note(Call::IrqDetach, [irq.0.into(), 0], |node| {
-            let mut devices = node.devices.borrow_mut();
-            let at = devices.attached.iter().position(|one| one.id == irq.0);
-            let gone = at.map(|at| devices.attached.remove(at));
-            drop(devices);
+            let gone = node.devices.borrow_mut().table.detach(irq);
             drop(gone);
         });
     }

@@ -1,6 +1,8 @@
 //! [`SimHost`]: the contract on a node of a simulation.
 
-use super::engine::{Node, World, world};
+use super::engine::World;
+use super::node::Node;
+use super::simulation::world;
 use crate::host::DomainExit;
 use core::sync::atomic::AtomicU32;
 use hypercall::{
@@ -80,7 +82,7 @@ impl SimHost {
         if world.is_to_unwind() {
             // Nothing of the simulation may be left on a stack that is unwound.
             drop(world);
-            super::engine::unwind();
+            super::thread::unwind();
         }
     }
 

@@ -23,25 +23,30 @@ mod config;
 mod device;
 mod disk;
 mod engine;
+mod event;
 mod fiber;
 mod host;
 mod memory;
+mod node;
+mod park;
 mod random;
 mod report;
 pub mod scenario;
 mod schedule;
 mod segment;
+mod simulation;
+mod thread;
 mod trace;
 mod watchdog;
 
 pub use config::{DiskModel, LinkModel, NodeSetup, Schedule, SimConfig};
 pub use device::{Bus, Registers};
 pub use disk::{DiskId, PowerCut};
-pub use engine::Simulation;
 pub use host::SimHost;
 pub use random::Random;
 pub use report::{Failure, Leaks, Panicked, ThreadReport};
 pub use segment::{SegmentCounters, SegmentId};
+pub use simulation::Simulation;
 
 /// Nanoseconds in a millisecond.
 pub const MS: u64 = 1_000_000;

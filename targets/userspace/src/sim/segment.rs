@@ -1,6 +1,9 @@
 //! Ethernet segments: a switch with a bad day.
 
-use super::engine::{Event, Node, Raiser, World};
+use super::engine::World;
+use super::event::Event;
+use super::node::Node;
+use super::park::Raiser;
 use super::random::Random;
 use super::trace::digest;
 use super::{LinkModel, SimHost, Simulation};
