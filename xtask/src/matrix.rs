@@ -5,11 +5,22 @@ use crate::sh::{self, Result, step};
 use crate::{http, install};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-pub(crate) const TARGETS: [&str; 3] = ["userspace", "rumprun", "linux-module"];
+pub(crate) const TARGETS: [&str; 4] = ["userspace", "rumprun", "linux-module", SIMULATED];
+
+/// The simulated host: all of it runs in one process, so it has a command of its own.
+const SIMULATED: &str = "simulated";
+
+/// Rows that make no sense on a target: how their names begin, and why.
+const NOT_APPLICABLE: &[(&str, &str, &str)] = &[(
+    SIMULATED,
+    "usb/",
+    "it has no host-usb contract; the USB stack is tried against models in its own tests",
+)];
 
 /// Files that httpd serves in each target, by curl, compared by sha256.
 const FETCHES: usize = 1000;
@@ -20,6 +31,8 @@ enum Status {
     Fail(String),
     /// Not run, or not even reported by this target; never counts as pass.
     Absent(String),
+    /// It makes no sense on this target.
+    NotApplicable(&'static str),
 }
 
 struct Row {
@@ -33,7 +46,7 @@ struct Images {
     fat: Image,
 }
 
-/// Runs the matrix and prints it; fails if a cell is not `pass`.
+/// Runs the matrix and prints it; fails if a cell is neither `pass` nor `not applicable`.
 pub(crate) fn run(json: bool, only: Option<&str>) -> Result {
     if let Some(name) = only.filter(|name| !TARGETS.contains(name)) {
         return Err(format!("no target {name}; there are {}", TARGETS.join(", ")));
@@ -44,6 +57,11 @@ pub(crate) fn run(json: bool, only: Option<&str>) -> Result {
     let images = Images { ext4: images::ext4("matrix", 1500)?, fat: images::fat32("matrix", 300)? };
     let mut rows = Vec::new();
     for target in TARGETS.iter().filter(|target| only.is_none_or(|only| only == **target)) {
+        if *target == SIMULATED {
+            step("simulated: selftest and httpd");
+            rows.extend(simulated(&anykernel, &images)?);
+            continue;
+        }
         step(&format!("{target}: selftest"));
         rows.extend(selftest(&anykernel, target, &images)?);
         step(&format!("{target}: httpd"));
@@ -63,12 +81,62 @@ fn command(anykernel: &Path, app: &str, target: &str, images: &Images) -> Comman
     command
 }
 
-/// Every verdict of the selftest application becomes a row; a run that does not come to its end is one too.
-fn selftest(anykernel: &Path, target: &'static str, images: &Images) -> Result<Vec<Row>> {
+/// A copy of the FAT image for a target to write to, and how it is given to a command.
+fn own_fat(target: &str, images: &Images) -> Result<(PathBuf, OsString)> {
     let fat = images.fat.path.with_extension(format!("{target}.fat"));
     std::fs::copy(&images.fat.path, &fat).map_err(|error| format!("{}: {error}", fat.display()))?;
     let mut disk = fat.clone().into_os_string();
     disk.push(":rw");
+    Ok((fat, disk))
+}
+
+/// What fsck.fat says of the copy, as a row. The copy is gone afterwards.
+fn fsck(target: &'static str, fat: &Path) -> Row {
+    let clean = images::check_fat(fat);
+    let _ = std::fs::remove_file(fat);
+    Row { target, check: "fat/fsck".into(), status: clean.map_or_else(Status::Fail, |()| Status::Pass) }
+}
+
+/// A verdict, as the selftest application prints it.
+fn row(target: &'static str, value: &Value) -> Option<Row> {
+    let reason = || value["reason"].as_str().unwrap_or("no reason given").to_string();
+    let status = match value["status"].as_str() {
+        Some("pass") => Status::Pass,
+        Some("absent") => Status::Absent(reason()),
+        _ => Status::Fail(reason()),
+    };
+    Some(Row { target, check: value["check"].as_str()?.into(), status })
+}
+
+/// The same checks on the simulated host. There the client that fetches files is simulated too.
+fn simulated(anykernel: &Path, images: &Images) -> Result<Vec<Row>> {
+    let (fat, disk) = own_fat(SIMULATED, images)?;
+    let mut command = Command::new(anykernel);
+    command.args(["simulate", "selftest", "--cpus", "2", "--json", "--disk"]).arg(&images.ext4.path);
+    let child = command
+        .arg("--disk")
+        .arg(disk)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("{}: {error}", anykernel.display()))?;
+    let watchdog = Watchdog::new(&child, 600);
+    let output = child.wait_with_output().map_err(|error| error.to_string())?;
+    drop(watchdog);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let verdicts = report["verdicts"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut rows: Vec<Row> = verdicts.iter().filter_map(|value| row(SIMULATED, value)).collect();
+    if rows.is_empty() {
+        let reason = format!("the run ended with {} and no verdict; {}", output.status, report["findings"]);
+        rows.push(Row { target: SIMULATED, check: "selftest/ends".into(), status: Status::Fail(reason) });
+    }
+    rows.push(fsck(SIMULATED, &fat));
+    Ok(rows)
+}
+
+/// Every verdict of the selftest application becomes a row; a run that does not come to its end is one too.
+fn selftest(anykernel: &Path, target: &'static str, images: &Images) -> Result<Vec<Row>> {
+    let (fat, disk) = own_fat(target, images)?;
     let config = json!({
         "mounts": [
             {"source": "disk0", "target": "/", "read_only": true},
@@ -96,14 +164,7 @@ fn selftest(anykernel: &Path, target: &'static str, images: &Images) -> Result<V
         else {
             continue;
         };
-        if let Some(check) = value["check"].as_str() {
-            let status = match value["status"].as_str() {
-                Some("pass") => Status::Pass,
-                Some("absent") => Status::Absent(value["reason"].as_str().unwrap_or_default().into()),
-                _ => Status::Fail(value["reason"].as_str().unwrap_or("no reason given").into()),
-            };
-            rows.push(Row { target, check: check.into(), status });
-        }
+        rows.extend(row(target, &value));
         done |= value["selftest"] == "done";
     }
     let status = child.wait().map_err(|error| error.to_string())?;
@@ -114,13 +175,7 @@ fn selftest(anykernel: &Path, target: &'static str, images: &Images) -> Result<V
         Status::Fail(format!("the run ended with {status}{}", if done { "" } else { " before it was done" }))
     };
     rows.push(Row { target, check: "selftest/ends".into(), status: end });
-    let clean = images::check_fat(&fat);
-    rows.push(Row {
-        target,
-        check: "fat/fsck".into(),
-        status: clean.map_or_else(Status::Fail, |()| Status::Pass),
-    });
-    let _ = std::fs::remove_file(&fat);
+    rows.push(fsck(target, &fat));
     Ok(rows)
 }
 
@@ -183,7 +238,8 @@ impl Drop for Watchdog {
     }
 }
 
-/// A check that some target has and another lacks is `absent` there, which never counts as pass.
+/// A check that some target has and another lacks is `absent` there, which never counts as pass, unless it makes no sense
+/// there.
 fn fill_absent(rows: &mut Vec<Row>) {
     let targets: Vec<&'static str> =
         TARGETS.into_iter().filter(|t| rows.iter().any(|row| row.target == *t)).collect();
@@ -196,13 +252,21 @@ fn fill_absent(rows: &mut Vec<Row>) {
             rows.push(Row {
                 target,
                 check: check.clone(),
-                status: Status::Absent("this target did not report the check".into()),
+                status: match not_applicable(target, &check) {
+                    Some(reason) => Status::NotApplicable(reason),
+                    None => Status::Absent("this target did not report the check".into()),
+                },
             });
         }
     }
 }
 
-/// Prints the rows and returns how many are not `pass`.
+fn not_applicable(target: &str, check: &str) -> Option<&'static str> {
+    let found = NOT_APPLICABLE.iter().find(|(at, begins, _)| *at == target && check.starts_with(begins));
+    found.map(|(.., reason)| *reason)
+}
+
+/// Prints the rows and returns how many are neither `pass` nor `not applicable`.
 fn print(json: bool, rows: &[Row]) -> usize {
     let mut failed = 0;
     for row in rows {
@@ -210,15 +274,16 @@ fn print(json: bool, rows: &[Row]) -> usize {
             Status::Pass => ("pass", ""),
             Status::Fail(reason) => ("fail", reason.as_str()),
             Status::Absent(reason) => ("absent", reason.as_str()),
+            Status::NotApplicable(reason) => ("not applicable", *reason),
         };
-        failed += usize::from(status != "pass");
+        failed += usize::from(!matches!(row.status, Status::Pass | Status::NotApplicable(_)));
         if json {
             println!(
                 "{}",
                 json!({"target": row.target, "check": row.check, "status": status, "reason": reason})
             );
         } else {
-            println!("{:<13} {:<42} {status:<6} {reason}", row.target, row.check);
+            println!("{:<13} {:<42} {status:<14} {reason}", row.target, row.check);
         }
     }
     failed

@@ -7,7 +7,7 @@ use anykernel_userspace::sim::{MS, Schedule};
 use clap::Args;
 use hypercall::ExitStatus;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::Write;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
   anykernel simulate transfer --seed 7 --loss 2      TCP with 2 % loss
   anykernel simulate grid --nodes 255                255 routers that ping each other
   anykernel simulate power-cuts --seeds 1..100       a hundred seeds on all cores
+  anykernel simulate selftest --disk disk.ext4       the checks of every target, on this host
   anykernel simulate my.json --seed 3                {\"scenario\": \"httpd\", \"link\": {\"loss_ppm\": 50000}}
 
 The same seed gives the same trace hash on every machine. Exit status 1: something was found.")]
@@ -48,6 +49,9 @@ pub(super) struct Simulate {
     /// Who runs next: turns, random, or priorities
     #[arg(long, value_name = "NAME", value_parser = parse_schedule)]
     schedule: Option<Schedule>,
+    /// A disk image for scenarios that take one; written back with :rw
+    #[arg(long = "disk", value_name = "FILE[:rw]", conflicts_with = "seeds")]
+    disks: Vec<String>,
     /// How many seeds at a time; as many as there are CPUs
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     jobs: Option<u16>,
@@ -64,6 +68,11 @@ fn parse_range(text: &str) -> Result<Range<u64>, String> {
     range
         .filter(|range| !range.is_empty())
         .ok_or_else(|| "write the first seed and the one after the last, as in 1..100".into())
+}
+
+fn verdicts(report: &Report) -> Vec<Value> {
+    let verdicts = report.verdicts.iter();
+    verdicts.map(|one| json!({ "check": one.check, "status": one.status, "reason": one.reason })).collect()
 }
 
 /// Percent to parts of a million.
@@ -143,6 +152,7 @@ impl Simulate {
         options.nodes = self.nodes.unwrap_or(options.nodes);
         options.cpus = self.cpus.unwrap_or(options.cpus);
         options.schedule = self.schedule.unwrap_or(options.schedule);
+        options.disks.extend(self.disks.iter().cloned());
         options.link.loss_ppm = self.loss.unwrap_or(options.link.loss_ppm);
         Ok((options, is_file.then_some(name)))
     }
@@ -201,7 +211,7 @@ impl Simulate {
             let line = json!({
                 "scenario": report.scenario, "seed": report.seed, "trace_hash": hash,
                 "virtual_ns": report.virtual_ns, "hypercalls": report.hypercalls,
-                "counters": report.counters, "findings": report.findings,
+                "counters": report.counters, "findings": report.findings, "verdicts": verdicts(report),
             });
             return writeln!(out, "{line}");
         }
@@ -234,6 +244,7 @@ impl Simulate {
         add("nodes", self.nodes.map(|n| n.to_string()));
         add("cpus", self.cpus.map(|n| n.to_string()));
         add("loss", self.loss.map(|ppm| (f64::from(ppm) / 10_000.0).to_string()));
+        self.disks.iter().for_each(|disk| add("disk", Some(disk.clone())));
         add(
             "schedule",
             self.schedule.map(|schedule| match schedule {

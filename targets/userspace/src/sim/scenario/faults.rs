@@ -1,18 +1,19 @@
 //! Every hypercall fails: a node boots, mounts, writes, reads, talks TCP and UDP to another one, and shuts down, while one
 //! call of its fails, or all from one on, or any by chance. Whatever fails, it must not panic, not hang, give everything
-//! back, and keep what it said was durable.
+//! back, and keep what it said was durable. `faults-httpd` does the same to a node that serves a file over HTTP.
 
 use super::{Options, Report, image, pattern, patterned, serve, with_address, with_kernel};
-use crate::sim::{DiskModel, NodeSetup, PowerCut, SECOND, SimConfig, SimHost, Simulation};
+use crate::sim::{DiskModel, Failure, MS, NodeSetup, PowerCut, SECOND, SimConfig, SimHost, Simulation};
 use anykernel::Kernel;
 use anykernel::config::{Config, Mount};
 use anykernel::fs::{FileKind, Namespace, OpenOptions};
 use anykernel::socket::{SocketProvider, TcpStream, UdpSocket};
 use anykernel::task::{block_on, block_on_until};
 use hypercall::layers::{Fault, FaultPlan, Faulty};
-use hypercall::{Call, Host};
+use hypercall::{Call, Clock, Host, ThreadSpec, Threads};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 /// Files and what must be in them.
@@ -117,16 +118,34 @@ fn ask<H: Host>(kernel: &Arc<Kernel<H>>, sockets: &dyn SocketProvider) -> Option
     Some(())
 }
 
+/// What `faults-httpd` serves as `/file` of its disk.
+pub fn served_file() -> Vec<u8> {
+    patterned(6, 60_000)
+}
+
+/// Name of the scenario with a server.
+pub(super) const HTTPD: &str = "faults-httpd";
+
 /// Runs the whole once under `plan` and reports what it broke.
 pub fn once(options: &Options, plan: &'static FaultPlan) -> Report {
     let mut report = Report::new(options);
     let limits = SimConfig { time_limit_ns: LIMIT_NS, step_limit: 50_000_000, ..options.sim_config() };
     let sim = Simulation::new(limits);
+    if options.scenario == HTTPD {
+        serve_once(options, plan, &sim, &mut report);
+    } else {
+        work_once(options, plan, &sim, &mut report);
+    }
+    report.close(&sim);
+    report
+}
+
+fn work_once(options: &Options, plan: &'static FaultPlan, sim: &Simulation, report: &mut Report) {
     let wire = sim.segment(options.link.clone());
     let disk = sim.disk(image::fat(), DiskModel { latency_ns: 10_000, ..DiskModel::default() });
     sim.set_power_cut(disk, PowerCut::LoseAll);
     let server = sim.node(NodeSetup { links: vec![wire], ..NodeSetup::named("server") });
-    serve(&sim, server, with_address("10.0.0.2/24"), netbench::main);
+    serve(sim, server, with_address("10.0.0.2/24"), netbench::main);
     let setup =
         NodeSetup { cpus: options.cpus, disks: vec![disk], links: vec![wire], ..NodeSetup::named("node") };
     let node = sim.node(setup.clone());
@@ -136,7 +155,16 @@ pub fn once(options: &Options, plan: &'static FaultPlan) -> Report {
         let (_, held) = with_kernel(Faulty::new(node, plan), config(), |kernel| work(kernel, &its));
         held
     });
-    match result {
+    check_end(sim, node, result, report);
+    sim.crash(node);
+    if report.findings.is_empty() {
+        check_promises(sim, sim.reboot(node), &promised, report);
+    }
+}
+
+/// Whether a node gave everything back. `ended`: how often its kernel is still held after its shutdown.
+fn check_end(sim: &Simulation, node: SimHost, ended: Result<usize, Failure>, report: &mut Report) {
+    match ended {
         Ok(0) => {}
         Ok(held) => report.find(format!("the kernel is still held {held} times after shutdown")),
         Err(failure) => report.find(failure.to_string()),
@@ -145,12 +173,103 @@ pub fn once(options: &Options, plan: &'static FaultPlan) -> Report {
     if leaks.any() {
         report.find(format!("leaks: {leaks}"));
     }
-    sim.crash(node);
-    if report.findings.is_empty() {
-        check_promises(&sim, sim.reboot(node), &promised, &mut report);
+}
+
+/// The disk that `options` name, or a FAT volume with the file.
+fn disk_to_serve(options: &Options) -> Result<Vec<u8>, String> {
+    if let Some(path) = options.disks.first() {
+        return std::fs::read(path).map_err(|error| format!("{path}: {error}"));
     }
-    report.close(&sim);
-    report
+    let sim = Simulation::new(SimConfig::default());
+    let disk = sim.disk(image::fat(), DiskModel::default());
+    let node = sim.node(NodeSetup { disks: vec![disk], ..NodeSetup::named("writer") });
+    let done = sim.run(node, "main", move || {
+        let config = Config { interfaces: Vec::new(), ..config() };
+        with_kernel(node, config, |kernel| {
+            save(&*kernel.namespace()?, "/data/file", &served_file(), &Promised::default())
+        })
+    });
+    match done {
+        Ok((Ok(Some(())), 0)) => Ok(sim.durable_image(disk)),
+        other => Err(format!("the volume to serve could not be made: {other:?}")),
+    }
+}
+
+fn serve_once(options: &Options, plan: &'static FaultPlan, sim: &Simulation, report: &mut Report) {
+    let image = match disk_to_serve(options) {
+        Ok(image) => image,
+        Err(line) => return report.find(line),
+    };
+    let wire = sim.segment(options.link.clone());
+    let disk = sim.disk(image, DiskModel { read_only: true, latency_ns: 10_000, ..DiskModel::default() });
+    let setup =
+        NodeSetup { cpus: options.cpus, disks: vec![disk], links: vec![wire], ..NodeSetup::named("node") };
+    let node = sim.node(setup);
+    let client = sim.node(NodeSetup { links: vec![wire], ..NodeSetup::named("client") });
+    let (fetched, held) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(None)));
+    let (stop, its) = (fetched.clone(), held.clone());
+    let main = move || {
+        let mount = Mount { source: "disk0".into(), target: "/data".into(), kind: None, read_only: true };
+        let app = ["httpd", "--port", "80", "--root", "/data"].map(Into::into).into();
+        let config = Config { mounts: vec![mount], app, ..with_address("10.0.0.2/24") };
+        let (_, held) = with_kernel(Faulty::new(node, plan), config, |kernel| {
+            let (ours, asked) = (kernel.clone(), stop.clone());
+            let stopper = move || {
+                while !asked.load(Relaxed) {
+                    node.sleep(10 * MS);
+                }
+                ours.stop();
+            };
+            let stopper = node.spawn(ThreadSpec { name: "stopper", cpu: None }, Box::new(stopper));
+            httpd::main(kernel);
+            stop.store(true, Relaxed);
+            stopper.and_then(|stopper| node.join(stopper))
+        });
+        *its.lock().expect("one thread") = Some(held);
+    };
+    let server = node.spawn(ThreadSpec { name: "main", cpu: None }, Box::new(main));
+    let answers = sim.run(client, "main", move || {
+        let (answers, _) = with_kernel(client, with_address("10.0.0.1/24"), |kernel| {
+            client.sleep(SECOND);
+            let fetch = || {
+                let deadline = client.monotonic_ns() + 300 * SECOND;
+                block_on_until(
+                    client,
+                    super::httpd::fetch(kernel, (SERVER, 80).into(), "/file"),
+                    Some(deadline),
+                )
+            };
+            [fetch(), fetch()]
+        });
+        answers
+    });
+    fetched.store(true, Relaxed);
+    let ended = match server {
+        Ok(server) => sim.wait_for(node, server),
+        Err(_) => Err(Failure::Down),
+    };
+    let held = held.lock().expect("one thread").take();
+    check_end(sim, node, ended.and_then(|()| held.ok_or(Failure::Down)), report);
+    let content = served_file();
+    match answers {
+        Ok(Ok(answers)) => {
+            for answer in answers {
+                match answer {
+                    // Of a server that is deaf from then on nobody can expect an answer.
+                    None if plan.injected() > 1 => report.count("unanswered", 1),
+                    None => report.find("a request hangs for 300 s"),
+                    // What was cut off says so by its length.
+                    Some(Ok(Some(body))) if !content.starts_with(&body) => {
+                        report.find(format!("{} bytes came that are not the file", body.len()));
+                    }
+                    Some(Ok(Some(body))) => report.count("whole_files", (body == content).into()),
+                    Some(_) => {}
+                }
+            }
+        }
+        Ok(Err(error)) => report.find(format!("the client does not start: {error}")),
+        Err(failure) => report.find(failure.to_string()),
+    }
 }
 
 /// Reads back what was promised, on a node where nothing fails.
@@ -222,6 +341,9 @@ pub fn sweep(options: &Options, range: &FaultRange, stride: u64, offset: u64) ->
     };
     let counting: &'static FaultPlan = Box::leak(Box::new(make(Fault::Never)));
     let first = once(options, counting);
+    if options.scenario == HTTPD && first.counters.get("whole_files") != Some(&2) {
+        report.find("without any fault: the file did not come");
+    }
     report.findings.extend(first.findings.iter().map(|line| format!("without any fault: {line}")));
     let end = if let FaultRange::Chance(_, seeds) = range { *seeds } else { counting.counted() };
     report.count("calls", counting.counted());

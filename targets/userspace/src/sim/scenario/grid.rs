@@ -22,6 +22,12 @@ impl Grid {
         Self { nodes, width: (1..=nodes).find(|width| width * width >= nodes).unwrap_or(1) }
     }
 
+    /// How many segments lie between two nodes.
+    fn distance(&self, from: u32, to: u32) -> u32 {
+        // The last row may be short; the rows above it are not, so that no way has to go round.
+        (from / self.width).abs_diff(to / self.width) + (from % self.width).abs_diff(to % self.width)
+    }
+
     /// Pairs of neighbours; each pair has a segment of its own.
     fn edges(&self) -> Vec<(u32, u32)> {
         let right = (0..self.nodes).filter(|n| (n + 1) % self.width != 0).map(|n| (n, n + 1));
@@ -108,6 +114,7 @@ fn plan(grid: &Grid, sim: &Simulation, link: &LinkModel) -> Plan {
 struct Tally {
     up: AtomicU32,
     answered: AtomicU64,
+    forwarded: AtomicU64,
     longest_ns: AtomicU64,
     findings: Mutex<Vec<String>>,
 }
@@ -164,6 +171,7 @@ pub(super) fn run(options: &Options) -> Report {
                 while (tally.up.load(Relaxed) as usize) < 2 * names.len() {
                     host.sleep(1_000_000);
                 }
+                tally.forwarded.fetch_add(kernel.counter("net.forwarded").get(), Relaxed);
             });
             if let Err(error) = result {
                 tally.findings.lock().expect("one thread").push(format!("router {number}: {error}"));
@@ -182,8 +190,17 @@ pub(super) fn run(options: &Options) -> Report {
     }
     report.count("routers", u64::from(grid.nodes));
     report.count("pings_answered", tally.answered.load(Relaxed));
+    let forwarded = tally.forwarded.load(Relaxed);
+    report.count("forwarded", forwarded);
     report.count("longest_us", tally.longest_ns.load(Relaxed) / 1000);
     report.findings.append(&mut tally.findings.lock().expect("one thread"));
+    // Questions and answers, each by all routers between the two.
+    let last = grid.nodes - 1;
+    let pairs = (1..grid.nodes).map(|to| (0, to)).chain((1..last).map(|from| (from, last)));
+    let least: u64 = pairs.map(|(from, to)| 2 * u64::from(grid.distance(from, to) - 1)).sum();
+    if report.findings.is_empty() && forwarded < least {
+        report.find(format!("packets were passed on {forwarded} times, which cannot be under {least}"));
+    }
     report.close(&sim);
     report
 }

@@ -7,6 +7,7 @@ use anykernel::fs::OpenOptions;
 use anykernel::socket::{Result, TcpStream};
 use anykernel::task::block_on_until;
 use hypercall::{Clock, ExitStatus, ThreadSpec, Threads};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
@@ -35,11 +36,16 @@ fn server(kernel: &Arc<Kernel<SimHost>>) -> ExitStatus {
     httpd::main(kernel)
 }
 
-/// The body of the answer, or how the connection failed.
-async fn fetch(kernel: &Kernel<SimHost>) -> Result<Option<Vec<u8>>> {
+/// The body of an answer of 200, or how the connection failed.
+pub(super) async fn fetch(
+    kernel: &Kernel<SimHost>,
+    server: SocketAddr,
+    path: &str,
+) -> Result<Option<Vec<u8>>> {
     let Some(sockets) = kernel.sockets() else { return Ok(None) };
-    let stream = TcpStream::connect(&*sockets, (SERVER, 80).into()).await?;
-    stream.send_all(b"GET /file HTTP/1.1\r\nHost: sim\r\nConnection: close\r\n\r\n").await?;
+    let stream = TcpStream::connect(&*sockets, server).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: sim\r\nConnection: close\r\n\r\n");
+    stream.send_all(request.as_bytes()).await?;
     let mut all = Vec::new();
     let mut buf = vec![0; 16 << 10];
     loop {
@@ -58,7 +64,7 @@ fn client(host: SimHost, number: u32, end_ns: u64, tally: &Tally) {
         host.park(&0.into(), 0, Some(SECOND));
         while host.monotonic_ns() < end_ns {
             let deadline = host.monotonic_ns() + 300 * SECOND;
-            match block_on_until(host, fetch(kernel), Some(deadline)) {
+            match block_on_until(host, fetch(kernel, (SERVER, 80).into(), "/file"), Some(deadline)) {
                 Some(Ok(Some(body))) => {
                     let right =
                         body.len() == FILE_BYTES && (0..FILE_BYTES).all(|at| body[at] == pattern(5, at));

@@ -9,11 +9,12 @@ mod grid;
 mod httpd;
 mod image;
 mod power;
+mod selftest;
 mod tasks;
 mod transfer;
 
-pub use faults::{FaultRange, once as run_with_faults, sweep as sweep_faults};
-pub use power::sweep as sweep_power_cuts;
+pub use faults::{FaultRange, once as run_with_faults, served_file, sweep as sweep_faults};
+pub use power::{Wreck, sweep as sweep_power_cuts, wreck};
 
 use super::{LinkModel, Schedule, SimConfig, SimHost, Simulation};
 use anykernel::config::{Config, Interface};
@@ -41,6 +42,8 @@ pub struct Options {
     pub link: LinkModel,
     /// Who runs next.
     pub schedule: Schedule,
+    /// Images for scenarios that take some: `FILE`, `FILE:ro` or `FILE:rw`. One that can be written is written back.
+    pub disks: Vec<String>,
 }
 
 impl Default for Options {
@@ -53,6 +56,7 @@ impl Default for Options {
             cpus: 1,
             link: LinkModel::default(),
             schedule: Schedule::Turns,
+            disks: Vec::new(),
         }
     }
 }
@@ -74,6 +78,19 @@ pub struct Report {
     pub counters: BTreeMap<String, u64>,
     /// What went wrong, a line each.
     pub findings: Vec<String>,
+    /// What the application on a node said of its kernel, in scenarios where it does.
+    pub verdicts: Vec<Verdict>,
+}
+
+/// What a check came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// Its name.
+    pub check: String,
+    /// `pass`, `fail` or `absent`.
+    pub status: String,
+    /// Why it is not `pass`.
+    pub reason: String,
 }
 
 impl Report {
@@ -118,7 +135,13 @@ pub const SCENARIOS: &[Scenario] = &[
         "a node writes files and its power fails at every write; what was synced must be there",
         power::run,
     ),
+    (
+        "selftest",
+        "a node checks its kernel and the disks given with --disk; a client fetches their files over HTTP",
+        selftest::run,
+    ),
     ("faults", "every hypercall of a node that boots, works and shuts down fails once", faults::run),
+    (faults::HTTPD, "the same of a node that serves a file over HTTP", faults::run),
 ];
 
 /// Runs the scenario that `options` name. Errors: there is none of that name, in one line that lists them.

@@ -12,9 +12,11 @@ use std::sync::{Arc, Mutex};
 /// Files and what is in them since the last sync.
 type Synced = Arc<Mutex<BTreeMap<String, Vec<u8>>>>;
 
+const MOUNT: &str = "/data";
+
 fn config() -> Config {
     let mount =
-        Mount { source: "disk0".into(), target: "/data".into(), kind: Some("vfat".into()), read_only: false };
+        Mount { source: "disk0".into(), target: MOUNT.into(), kind: Some("vfat".into()), read_only: false };
     Config { mounts: vec![mount], interfaces: Vec::new(), ..with_address("none") }
 }
 
@@ -67,18 +69,26 @@ struct World {
     node: SimHost,
 }
 
-fn world(options: &Options, cut: PowerCut) -> World {
+fn world(options: &Options, image: Vec<u8>, cut: PowerCut) -> World {
     let config = SimConfig { time_limit_ns: 3_600 * SECOND, ..options.sim_config() };
     let sim = Simulation::new(config);
-    let disk = sim.disk(image::fat(), DiskModel { latency_ns: 10_000, ..DiskModel::default() });
+    let disk = sim.disk(image, DiskModel { latency_ns: 10_000, ..DiskModel::default() });
     sim.set_power_cut(disk, cut);
     let node = sim.node(NodeSetup { cpus: options.cpus, disks: vec![disk], ..NodeSetup::named("node") });
     World { sim, disk, node }
 }
 
-/// Runs until the power fails at write `at` (0: it does not), comes up again, and checks.
-fn one(options: &Options, at: u64, cut: PowerCut, report: &mut Report) -> u64 {
-    let World { sim, disk, node } = world(options, cut);
+/// Runs until the power fails at write `at` (0: it does not), and says what was synced by then.
+fn until_cut(
+    options: &Options,
+    image: Vec<u8>,
+    at: u64,
+    cut: PowerCut,
+    report: &mut Report,
+) -> (World, BTreeMap<String, Vec<u8>>) {
+    let world = world(options, image, cut);
+    let World { sim, disk, node } = &world;
+    let (disk, node) = (*disk, *node);
     if at > 0 {
         sim.cut_power_at(disk, at);
     }
@@ -89,16 +99,54 @@ fn one(options: &Options, at: u64, cut: PowerCut, report: &mut Report) -> u64 {
             kernel.namespace().map(|namespace| work(&*namespace, seed, &its))
         })
     });
-    let when = format!("power cut at write {at} ({cut:?})");
+    let when = when(at, cut);
     match result {
         Err(Failure::Down) => {}
         Ok((Ok(Some(Ok(()))), 0)) => {}
         Ok((result, held)) => report.find(format!("{when}: {result:?}, the kernel is held {held} times")),
         Err(failure) => report.find(format!("{when}: {failure}")),
     }
-    let writes = sim.disk_writes(disk);
     sim.crash(node);
     let synced = synced.lock().expect("one thread").clone();
+    (world, synced)
+}
+
+fn when(at: u64, cut: PowerCut) -> String {
+    format!("power cut at write {at} ({cut:?})")
+}
+
+/// What a power failure left on a disk, and what must be there.
+#[derive(Debug)]
+pub struct Wreck {
+    /// The disk.
+    pub image: Vec<u8>,
+    /// Files that were synced and not touched since, by path on the volume, and what is in them.
+    pub synced: BTreeMap<String, Vec<u8>>,
+    /// Writes and flushes until then.
+    pub writes: u64,
+    /// What went wrong before the power failed.
+    pub findings: Vec<String>,
+}
+
+/// The disk as the power failure at write `at` (0: there is none) leaves it, for other tools to look at. It begins as `image`,
+/// a FAT volume.
+pub fn wreck(options: &Options, image: Vec<u8>, at: u64, cut: PowerCut) -> Wreck {
+    let mut report = Report::new(options);
+    let (World { sim, disk, .. }, synced) = until_cut(options, image, at, cut, &mut report);
+    let on_volume = |(path, content): (String, _)| (path.replacen(MOUNT, "", 1), content);
+    Wreck {
+        image: sim.durable_image(disk),
+        synced: synced.into_iter().map(on_volume).collect(),
+        writes: sim.disk_writes(disk),
+        findings: report.findings,
+    }
+}
+
+/// Runs until the power fails, comes up again, and checks.
+fn one(options: &Options, at: u64, cut: PowerCut, report: &mut Report) -> u64 {
+    let (World { sim, disk, node }, synced) = until_cut(options, image::fat(), at, cut, report);
+    let when = when(at, cut);
+    let writes = sim.disk_writes(disk);
     report.count("files_checked", synced.len() as u64);
     let node = sim.reboot(node);
     let check = sim.run(node, "check", move || {
