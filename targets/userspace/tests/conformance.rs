@@ -2,27 +2,16 @@
 
 use anykernel_userspace::link::{Switch, Wire};
 use anykernel_userspace::{ConsoleSink, ConsoleText, HostDisk, HostOwner, HostSetup, Link};
-use hypercall::conformance::{self, CheckReport, Outcome};
-use std::collections::HashMap;
+use hypercall::conformance;
 
-/// Fails with every check that did not pass, and if there were none. `absent` lists those that cannot be judged here.
-fn judge(what: &str, absent: &[&str], run: impl FnOnce(&mut dyn FnMut(CheckReport))) {
-    let mut passed = 0;
-    let mut bad = Vec::new();
-    run(&mut |report| match report.outcome {
-        Outcome::Pass => passed += 1,
-        Outcome::NotRun(_) if absent.contains(&report.name) => {}
-        _ => bad.push(report.to_string()),
-    });
-    assert!(bad.is_empty(), "{what}:\n{}", bad.join("\n"));
-    assert!(passed > 0, "{what}: no checks");
-}
+mod common;
+use common::{NEED_WRITING, judge, params};
 
 fn setup(cpus: u32) -> HostSetup {
     HostSetup {
         cpus,
         memory: 256 << 20,
-        params: HashMap::from([("config".into(), "{\"hostname\":\"conformance\"}".into())]),
+        params: params(),
         console: ConsoleSink::Null,
         ..HostSetup::default()
     }
@@ -62,13 +51,7 @@ fn disks() {
 
     let disks = vec![HostDisk::open(file.path(), false).unwrap()];
     let owner = HostOwner::new(HostSetup { disks, ..setup(2) });
-    let writing = [
-        "block/reads-what-was-written",
-        "block/writes-only-there",
-        "block/flush-keeps",
-        "block/many-threads",
-    ];
-    judge("read-only", &writing, |report| conformance::run_block(owner.host(), 0, report));
+    judge("read-only", &NEED_WRITING, |report| conformance::run_block(owner.host(), 0, report));
 }
 
 #[test]

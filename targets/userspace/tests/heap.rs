@@ -39,11 +39,16 @@ static HEAP: Counting = Counting;
 
 #[test]
 fn no_fault_leaks_memory() {
-    let options = Options { scenario: "faults".into(), ..Options::default() };
+    for scenario in ["faults", "faults-httpd"] {
+        sweep(&Options { scenario: scenario.into(), ..Options::default() });
+    }
+}
+
+fn sweep(options: &Options) {
     let run = |fault| -> (i64, i64) {
         let plan: &'static FaultPlan = Box::leak(Box::new(FaultPlan::new(fault)));
         let before = LIVE.get();
-        let report = scenario::run_with_faults(&options, plan);
+        let report = scenario::run_with_faults(options, plan);
         assert!(report.findings.is_empty(), "{fault:?}: {:?}", report.findings);
         drop(report);
         let after = LIVE.get();
@@ -51,7 +56,7 @@ fn no_fault_leaks_memory() {
     };
     // What is made once and kept: stacks, the table of simulations.
     let counting: &'static FaultPlan = Box::leak(Box::new(FaultPlan::new(Fault::Never)));
-    drop(scenario::run_with_faults(&options, counting));
+    drop(scenario::run_with_faults(options, counting));
     let calls = counting.counted();
     assert!(calls > 50, "{calls}");
     run(Fault::Never);

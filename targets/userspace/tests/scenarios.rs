@@ -44,6 +44,8 @@ fn a_grid_of_routers() {
         scenario::run(&Options { scenario: "grid".into(), nodes: 30, ..Options::default() }).unwrap();
     clean(&report);
     assert_eq!(report.counters["pings_answered"], 29 + 28);
+    // More than once for each question and each answer: the nodes are routers, and the pings cross several.
+    assert!(report.counters["forwarded"] > 4 * (29 + 28), "{:?}", report.counters);
 }
 
 #[test]
@@ -70,6 +72,27 @@ fn faults(range: FaultRange, stride: u64) {
     let report = scenario::sweep_faults(&options, &range, stride, 0);
     clean(&report);
     assert!(report.counters["injected"] > 0, "{:?}", report.counters);
+}
+
+/// The HTTP server, on FAT and on ext4 (whose tools `cargo xtask install` installs).
+#[test]
+fn each_call_of_a_server_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let (tree, image) = (dir.path().join("tree"), dir.path().join("image.ext4"));
+    std::fs::create_dir(&tree).unwrap();
+    std::fs::write(tree.join("file"), scenario::served_file()).unwrap();
+    let mut mkfs = std::process::Command::new("/sbin/mkfs.ext4");
+    let made = mkfs.args(["-q", "-F", "-d"]).arg(&tree).arg(&image).arg("2M").output();
+    let made = made.unwrap_or_else(|error| panic!("{mkfs:?}: {error}; `cargo xtask install` installs it"));
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    for disks in [vec![], vec![image.to_str().unwrap().to_string()]] {
+        let options = Options { scenario: "faults-httpd".into(), disks, ..Options::default() };
+        for range in [FaultRange::Each, FaultRange::EachFrom, FaultRange::Chance(20_000, 50)] {
+            let report = scenario::sweep_faults(&options, &range, 1, 0);
+            clean(&report);
+            assert!(report.counters["injected"] > 20, "{:?}", report.counters);
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use anykernel::sync::Mutex as KernelMutex;
 use anykernel_userspace::sim::{
     DiskModel, Failure, LinkModel, MS, NodeSetup, PowerCut, SECOND, Schedule, SimConfig, SimHost, Simulation,
 };
-use hypercall::conformance::{self, CheckReport, Outcome};
+use hypercall::conformance;
 use hypercall::{
     Clock, CpuId, Error, Exit, ExitStatus, HostBlock, HostLink, IrqSource, Memory, Signal, ThreadSpec,
     Threads,
@@ -12,28 +12,17 @@ use hypercall::{
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
+mod common;
+use common::{NEED_WRITING, judge, params};
+
 const SCHEDULES: [Schedule; 3] = [
     Schedule::Turns,
     Schedule::Random { switch_ppm: 100_000 },
     Schedule::Priorities { depth: 3, steps: 100_000 },
 ];
 
-fn judge(what: &str, absent: &[&str], run: impl FnOnce(&mut dyn FnMut(CheckReport))) {
-    let mut passed = 0;
-    let mut bad = Vec::new();
-    run(&mut |report| match report.outcome {
-        Outcome::Pass => passed += 1,
-        Outcome::NotRun(_) if absent.contains(&report.name) => {}
-        _ => bad.push(report.to_string()),
-    });
-    assert!(bad.is_empty(), "{what}:\n{}", bad.join("\n"));
-    assert!(passed > 0, "{what}: no checks");
-}
-
 fn setup(cpus: u32) -> NodeSetup {
-    let mut setup = NodeSetup { cpus, ..NodeSetup::named("a") };
-    setup.params.insert("config".into(), "{\"hostname\":\"conformance\"}".into());
-    setup
+    NodeSetup { cpus, params: params().into_iter().collect(), ..NodeSetup::named("a") }
 }
 
 #[test]
@@ -72,13 +61,7 @@ fn disks() {
     let fixed = sim.disk(vec![7; 4 << 20], DiskModel { read_only: true, ..DiskModel::default() });
     let host = sim.node(NodeSetup { disks: vec![writable, fixed], ..setup(2) });
     judge("writable", &["block/read-only"], |report| conformance::run_block(host, 0, report));
-    let writing = [
-        "block/reads-what-was-written",
-        "block/writes-only-there",
-        "block/flush-keeps",
-        "block/many-threads",
-    ];
-    judge("read-only", &writing, |report| conformance::run_block(host, 1, report));
+    judge("read-only", &NEED_WRITING, |report| conformance::run_block(host, 1, report));
 }
 
 #[test]
@@ -182,25 +165,6 @@ fn the_same_seed_is_the_same_run() {
         assert_eq!(first, busy(config), "{schedule:?}");
         assert_ne!(first.0, busy(SimConfig::seeded(12).schedule(schedule)).0, "{schedule:?}");
     }
-}
-
-/// Another process, another layout of its memory: the same hash.
-#[test]
-fn another_process_has_the_same_trace_hash() {
-    const CHILD: &str = "ANYKERNEL_SIM_CHILD";
-    let hash = busy(SimConfig::seeded(13).schedule(SCHEDULES[1])).0;
-    if std::env::var_os(CHILD).is_some() {
-        println!("trace hash {hash:016x}");
-        return;
-    }
-    let name = "another_process_has_the_same_trace_hash";
-    let child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args([name, "--exact", "--nocapture"])
-        .env(CHILD, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&child.stdout);
-    assert!(text.contains(&format!("trace hash {hash:016x}")), "{text}");
 }
 
 #[test]
