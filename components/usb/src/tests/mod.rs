@@ -2,6 +2,7 @@
 
 mod capture;
 mod enumeration;
+mod faults;
 mod input;
 mod network;
 mod platform;

@@ -52,6 +52,7 @@ fn run(fault: Fault, cpus: u32) -> &'static FaultPlan {
     assert_eq!(machine.arena().blocks_in_use(), 0, "{fault:?}, {what:?}: DMA memory leaked");
     assert_eq!(machine.attached_interrupts(), 0, "{fault:?}, {what:?}: interrupts left attached");
     assert_eq!(machine.violations(), 0, "{fault:?}, {what:?}: a device was sent outside its memory");
+    assert_eq!(machine.host().threads_in_use(), 0, "{fault:?}, {what:?}: threads are left");
     assert_eq!(machine.host().pages_in_use(), 0, "{fault:?}, {what:?}: pages leaked");
     plan
 }
