@@ -1,13 +1,16 @@
 //! An application that shows USB devices, the same on every target:
 //!
 //! * `usb list [--verbose] [--json]`: what is plugged in where, what drives it, and why not;
-//! * `usb watch SECONDS`: the same, one line for each change, until that time has passed.
+//! * `usb watch SECONDS`: the same, one line for each change, until that time has passed;
+//! * `usb read FILE`: reads a file of a mounted stick and says how long that took.
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
+mod decode;
 mod list;
+mod read;
 mod watch;
 
 use alloc::string::String;
@@ -17,7 +20,7 @@ use anykernel::Kernel;
 use anykernel_usb::{Listed, UsbStack};
 use hypercall::{ExitStatus, Host};
 
-const USAGE: &str = "write: usb list [--verbose] [--json], or usb watch SECONDS";
+const USAGE: &str = "write: usb list [--verbose] [--json], usb watch SECONDS, or usb read FILE";
 
 /// Runs what the configuration's `app` says. Context: the application's thread. Blocks.
 pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
@@ -31,6 +34,7 @@ pub fn main<H: Host>(kernel: &Arc<Kernel<H>>) -> ExitStatus {
             Ok(seconds) => watch::run(kernel, seconds),
             Err(_) => usage(),
         },
+        ["read", path] => read::run(kernel, path),
         _ => usage(),
     }
 }

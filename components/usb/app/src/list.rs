@@ -1,12 +1,12 @@
 //! `usb list`.
 
-use crate::{devices, print};
+use crate::{decode, devices, print};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::Kernel;
-use anykernel_usb::descriptor::Configuration;
+use anykernel_usb::controller::Speed;
 use anykernel_usb::{Listed, NodeDevice, NodeState};
 use hypercall::{ExitStatus, Host};
 use serde_json::{Value, json};
@@ -47,7 +47,7 @@ pub(crate) fn run<H: Host>(kernel: &Arc<Kernel<H>>, options: Options) -> ExitSta
 }
 
 /// What people call a class (USB-IF, defined class codes).
-fn class_name(class: u8) -> &'static str {
+pub(crate) fn class_name(class: u8) -> &'static str {
     match class {
         0x00 => "per interface",
         0x01 => "audio",
@@ -116,55 +116,10 @@ pub(crate) fn as_line(listed: &Listed) -> String {
 }
 
 fn details(device: &NodeDevice) -> Vec<String> {
-    let descriptor = &device.descriptor;
-    let mut lines = Vec::new();
-    lines.push(format!(
-        "    address {}, USB {:x}.{:02x}, class {} ({:02x} {:02x} {:02x}), packets of {} bytes, release {:x}.{:02x}",
-        device.address,
-        descriptor.usb >> 8,
-        descriptor.usb & 0xff,
-        class_name(descriptor.class[0]),
-        descriptor.class[0],
-        descriptor.class[1],
-        descriptor.class[2],
-        descriptor.max_packet,
-        descriptor.release >> 8,
-        descriptor.release & 0xff,
-    ));
-    for (name, text) in ["manufacturer", "product", "serial number"].iter().zip(&device.strings) {
-        if !text.is_empty() {
-            lines.push(format!("    {name}: {text}"));
-        }
-    }
-    for (index, configuration) in device.configurations.iter().enumerate() {
-        let chosen = if index == device.chosen { ", in use" } else { "" };
-        lines.push(format!("    configuration {}{chosen}", configuration.value));
-        lines.extend(settings(configuration));
-    }
-    lines
-}
-
-fn settings(configuration: &Configuration) -> Vec<String> {
-    let mut lines = Vec::new();
-    for setting in &configuration.settings {
-        let [class, subclass, protocol] = setting.class;
-        lines.push(format!(
-            "      interface {}, setting {}: {} ({class:02x} {subclass:02x} {protocol:02x})",
-            setting.interface,
-            setting.alternate,
-            class_name(class),
-        ));
-        for endpoint in &setting.endpoints {
-            lines.push(format!(
-                "        endpoint {:02x}: {:?} {}, packets of {} bytes",
-                endpoint.address,
-                endpoint.kind,
-                if endpoint.address & 0x80 != 0 { "in" } else { "out" },
-                endpoint.max_packet,
-            ));
-        }
-    }
-    lines
+    let super_speed = matches!(device.speed, Speed::Super | Speed::SuperPlus);
+    let lines = decode::lines(&device.raw, super_speed, &device.strings);
+    let place = format!("    address {}", device.address);
+    core::iter::once(place).chain(lines.into_iter().map(|line| format!("    {line}"))).collect()
 }
 
 fn as_json(listed: &Listed, verbose: bool) -> Value {
