@@ -40,6 +40,8 @@ const LIST_NS: u64 = 1_000_000_000;
 /// Longest descriptors of a device.
 const MAX_DESCRIPTORS: usize = 128 << 10;
 const MAX_TRANSFER: usize = 1 << 20;
+/// Buffers that are kept, each at most as long as a transfer.
+const MAX_SPARE: usize = 4;
 
 /// Which of the platform's devices the stack takes for itself. The others are only listed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -113,6 +115,8 @@ struct PlatformController<H: Host + HostUsb> {
     flights: BTreeMap<u64, Flight>,
     events: VecDeque<Event>,
     worker: Arc<Worker<H>>,
+    /// What transfers in several pieces went in, kept for the next ones of their lengths.
+    spare: Vec<Box<[u8]>>,
 }
 
 impl<H: Host + HostUsb> PlatformController<H> {
@@ -125,7 +129,7 @@ impl<H: Host + HostUsb> PlatformController<H> {
             max_buffers: usize::MAX,
         };
         let (open, flights, events) = (BTreeMap::new(), BTreeMap::new(), VecDeque::new());
-        Self { host, info, open, flights, events, worker }
+        Self { host, info, open, flights, events, worker, spare: Vec::new() }
     }
 
     fn in_flight(&self, slot: Slot, endpoint: Option<u8>) -> Vec<u64> {
@@ -139,23 +143,27 @@ impl<H: Host + HostUsb> PlatformController<H> {
     fn over(&mut self, slot: Slot, completion: UsbCompletion) {
         let UsbCompletion { transfer, actual, status } = completion;
         let Some(flight) = self.flights.remove(&transfer.tag) else { return };
-        let actual = actual.min(transfer.data.len());
+        let (actual, endpoint) = (actual.min(transfer.data.len()), flight.endpoint);
         let data = match flight.parts {
             None if transfer.data.is_empty() => Vec::new(),
             None => alloc::vec![transfer.data],
             Some(mut parts) => {
-                let mut rest = &transfer.data[..];
-                for part in &mut parts {
-                    let (mine, behind) = rest.split_at_checked(part.len()).unwrap_or((&[], &[]));
-                    if mine.len() == part.len() {
+                // What lies behind it is of another transfer.
+                let mut rest = transfer.data.get(..actual).unwrap_or_default();
+                for part in parts.iter_mut().filter(|_| endpoint & 0x80 != 0) {
+                    let (mine, behind) = rest.split_at(rest.len().min(part.len()));
+                    if let Some(part) = part.get_mut(..mine.len()) {
                         part.copy_from_slice(mine);
                     }
                     rest = behind;
                 }
+                if self.spare.len() == MAX_SPARE {
+                    self.spare.remove(0);
+                }
+                self.spare.push(transfer.data);
                 parts
             }
         };
-        let endpoint = flight.endpoint;
         let back = Transfer {
             token: Token(transfer.tag),
             slot,
@@ -204,6 +212,17 @@ impl<H: Host + HostUsb> PlatformController<H> {
             }
         }
     }
+}
+
+/// A buffer of this length, with anything in it.
+fn take(spare: &mut Vec<Box<[u8]>>, len: usize) -> Option<Box<[u8]>> {
+    if let Some(index) = spare.iter().position(|one| one.len() == len) {
+        return Some(spare.swap_remove(index));
+    }
+    let mut fresh = Vec::new();
+    fresh.try_reserve_exact(len).ok()?;
+    fresh.resize(len, 0);
+    Some(fresh.into_boxed_slice())
 }
 
 fn refusal(error: Error) -> ControllerError {
@@ -296,18 +315,20 @@ impl<H: Host + HostUsb> HostController for PlatformController<H> {
             Ok([one]) => (one, None),
             Err(parts) if parts.is_empty() => (Box::default(), None),
             Err(parts) => {
-                let mut flat: Vec<u8> = Vec::new();
                 let len = parts.iter().map(|part| part.len()).sum();
-                if flat.try_reserve_exact(len).is_err() {
+                let Some(mut flat) = take(&mut self.spare, len) else {
                     let transfer = Transfer { token, slot, endpoint, setup, data: parts, zero_packet };
                     return refuse(transfer, ControllerError::NoMemory);
+                };
+                if endpoint & 0x80 == 0 {
+                    let mut rest = &mut flat[..];
+                    for part in &parts {
+                        let Some((mine, behind)) = rest.split_at_mut_checked(part.len()) else { break };
+                        mine.copy_from_slice(part);
+                        rest = behind;
+                    }
                 }
-                if endpoint & 0x80 != 0 {
-                    flat.resize(len, 0);
-                } else {
-                    parts.iter().for_each(|part| flat.extend_from_slice(part));
-                }
-                (flat.into_boxed_slice(), Some(parts))
+                (flat, Some(parts))
             }
         };
         let one = UsbTransfer { kind, endpoint, data, zero_packet, tag: token.0 };
