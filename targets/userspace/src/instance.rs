@@ -155,7 +155,7 @@ impl Instance {
     }
 }
 
-/// Starts the components of an instance: disks if there are any, vfs always, net if there is a link.
+/// Starts the components of an instance: disks if there are any, vfs always, net if there is an interface.
 pub fn start_components<H: Host + HostBlock + HostLink>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
     if kernel.host().disk_count() > 0 {
         anykernel_vfs::hostblk::register(kernel)?;
@@ -163,6 +163,9 @@ pub fn start_components<H: Host + HostBlock + HostLink>(kernel: &Arc<Kernel<H>>)
     anykernel_vfs::start(kernel)?;
     if kernel.host().link_count() > 0 {
         anykernel_net::hostlink::register(kernel)?;
+    }
+    // Also those of USB devices.
+    if !kernel.nics().is_empty() {
         anykernel_net::start(kernel)?;
     }
     Ok(())

@@ -8,6 +8,7 @@
 pub mod apps;
 pub mod control;
 mod disk;
+pub mod fuse;
 pub mod fuzz;
 pub mod gateway;
 mod heap;

@@ -79,7 +79,7 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
     }
     if !spec.publish.is_empty() && spec.net != NetSpec::User {
         return Err(Failure::usage(
-            "--publish works with --net user only: a TAP's guest has an address of its own",
+            "--publish works with --net user only: elsewhere the guest has an address of its own",
         ));
     }
     if spec.trace.is_some() && spec.record.is_some() {
@@ -97,9 +97,11 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
             LEAST_MEMORY >> 20
         )));
     }
-    if target == Target::Userspace && !spec.usb.is_empty() {
+    let of_guests = |one: &UsbSpec| !matches!(one, UsbSpec::Host(_));
+    if target == Target::Userspace && spec.usb.iter().any(of_guests) {
         return Err(Failure::usage(
-            "--usb plugs devices in to a guest: add --on rumprun; `anykernel usb list` shows this machine's own",
+            "--usb plugs what QEMU plays in to a guest: add --on rumprun, or give a device of this machine as host:BUS-PORT \
+             (`anykernel usb list` shows them)",
         ));
     }
     for disk in spec.usb.iter().filter_map(|one| match one {
@@ -199,7 +201,8 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let mut published = Vec::new();
     let mut gateway = None;
     match &spec.net {
-        NetSpec::None => {}
+        // They are there already, or come.
+        NetSpec::None | NetSpec::Usb => {}
         NetSpec::Tap(name) => builder = builder.link(Link::Tap(Tap::open_interface(name)?)),
         NetSpec::User => {
             let bound: Bound = gateway::bind(&spec.publish)?;

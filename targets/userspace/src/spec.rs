@@ -1,7 +1,7 @@
 //! What is to run: one description for every target.
 
 use anykernel::config::Config;
-use hypercall::ExitStatus;
+use hypercall::{ExitStatus, UsbPath};
 use std::fmt;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -122,19 +122,25 @@ pub enum UsbSpec {
     Hub,
     /// A network interface on the guest's network, instead of another one.
     Net,
+    /// A device of this machine, taken from whoever drives it.
+    Host(UsbPath),
 }
 
 impl FromStr for UsbSpec {
     type Err = String;
-    /// `disk:FILE`, `disk:FILE:rw`, `keyboard`, `mouse`, `hub` or `net`.
+    /// `disk:FILE`, `disk:FILE:rw`, `keyboard`, `mouse`, `hub`, `net` or `host:BUS-PORT`.
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             Some(("disk", disk)) => disk.parse().map(Self::Disk),
+            Some(("host", place)) => {
+                let place = UsbPath::parse(place).filter(|place| !place.ports().is_empty());
+                place.map(Self::Host).ok_or_else(|| "write host:BUS-PORT, as in host:1-2.1".into())
+            }
             None if text == "keyboard" => Ok(Self::Keyboard),
             None if text == "mouse" => Ok(Self::Mouse),
             None if text == "hub" => Ok(Self::Hub),
             None if text == "net" => Ok(Self::Net),
-            _ => Err("write disk:FILE, disk:FILE:rw, keyboard, mouse, hub or net".into()),
+            _ => Err("write disk:FILE, disk:FILE:rw, keyboard, mouse, hub, net or host:BUS-PORT".into()),
         }
     }
 }
@@ -194,19 +200,22 @@ pub enum NetSpec {
     User,
     /// A TAP interface of the host, by name.
     Tap(String),
+    /// The network interfaces among the USB devices.
+    Usb,
     /// None.
     None,
 }
 
 impl FromStr for NetSpec {
     type Err = String;
-    /// `user`, `tap:NAME` or `none`.
+    /// `user`, `tap:NAME`, `usb` or `none`.
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             None if text == "user" => Ok(NetSpec::User),
             None if text == "none" => Ok(NetSpec::None),
+            None if text == "usb" => Ok(NetSpec::Usb),
             Some(("tap", name)) if !name.is_empty() && name.len() < 16 => Ok(NetSpec::Tap(name.into())),
-            _ => Err("write user, tap:NAME or none".into()),
+            _ => Err("write user, tap:NAME, usb or none".into()),
         }
     }
 }
@@ -324,6 +333,7 @@ mod tests {
     #[test]
     fn reads_networks() {
         assert_eq!("user".parse(), Ok(NetSpec::User));
+        assert_eq!("usb".parse(), Ok(NetSpec::Usb));
         assert_eq!("tap:tap0".parse(), Ok(NetSpec::Tap("tap0".into())));
         for bad in ["", "tap", "tap:", "tap:a-name-that-is-too-long", "user:x"] {
             assert!(bad.parse::<NetSpec>().is_err(), "{bad}");

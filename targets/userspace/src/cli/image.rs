@@ -70,7 +70,7 @@ impl ImagePath {
             .map_err(|error| Failure::new(format!("{}: {error}", self.image.display())))?;
         let names =
             instance.kernel().namespace().ok_or_else(|| Failure::new("this build has no file systems"))?;
-        Ok(Mounted { names, place: self.clone(), kind: found.kind, instance })
+        Ok(Mounted { names, place: self.clone(), kind: found.kind, disk: None, instance })
     }
 }
 
@@ -116,7 +116,7 @@ impl ImagePath {
             .unmount(b"/")
             .and_then(|()| names.mount(&source, b"/", Some(&kind), !writable))
             .map_err(|error| Failure::new(format!("usb:{device}: {error}")))?;
-        Ok(Mounted { names, place: self.clone(), kind, instance })
+        Ok(Mounted { names, place: self.clone(), kind, disk: Some(source), instance })
     }
 }
 
@@ -135,6 +135,8 @@ pub(super) struct Mounted {
     pub(super) names: Arc<dyn Namespace>,
     pub(super) place: ImagePath,
     pub(super) kind: String,
+    /// What can be unplugged.
+    disk: Option<String>,
     instance: Instance,
 }
 
@@ -179,9 +181,21 @@ impl Mounted {
             .is_ok_and(|metadata| metadata.kind == FileKind::Directory)
     }
 
+    /// Its device is gone.
+    pub(super) fn is_unplugged(&self) -> bool {
+        let there =
+            |disk: &String| self.instance.kernel().block_devices().iter().any(|one| one.info().name == *disk);
+        self.disk.as_ref().is_some_and(|disk| !there(disk))
+    }
+
+    /// Writes everything out.
+    pub(super) fn sync(&self) -> Result<(), Failure> {
+        self.names.sync().map_err(|error| self.failure("/", error))
+    }
+
     /// Writes everything out and ends the instance.
     pub(super) fn finish(self) -> Result<(), Failure> {
-        let result = self.names.sync().map_err(|error| self.failure("/", error));
+        let result = self.sync();
         let Self { names, instance, .. } = self;
         drop(names);
         instance.shutdown();

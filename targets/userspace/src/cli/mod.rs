@@ -6,6 +6,7 @@ mod files;
 mod fuzz;
 mod image;
 mod manifest;
+mod mount;
 mod replay;
 mod run;
 mod simulate;
@@ -45,6 +46,7 @@ enum Command {
     Stat(files::Stat),
     Cat(files::Cat),
     Cp(files::Cp),
+    Mount(mount::Mount),
     Usb(usb::Usb),
     Fuzz(fuzz::Fuzz),
     Manifest(manifest::Manifest),
@@ -68,6 +70,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Stat(command) => command.run(),
         Command::Cat(command) => command.run(),
         Command::Cp(command) => command.run(),
+        Command::Mount(command) => command.run(),
         Command::Usb(command) => command.run(),
         Command::Fuzz(command) => command.run(),
         Command::Manifest(command) => command.run(),

@@ -69,17 +69,17 @@ pub(super) struct Run {
     /// Forward a TCP port of this host (127.0.0.1) into the guest; may be given several times
     #[arg(long = "publish", short = 'p', value_name = "HOST:GUEST")]
     publish: Vec<Publish>,
-    /// Plug something in to the guest's USB: disk:FILE[:rw], keyboard, mouse, hub (for those that follow) or net (the network
-    /// by USB); may be given several times. Disks are called by their place, as usb1-1
+    /// Plug something in to the guest's USB: disk:FILE[:rw], keyboard, mouse, hub (for those that follow), net (the network
+    /// by USB) or host:BUS-PORT (a device of this machine, also for --on userspace); may be given several times. Disks are called by their place, as usb1-1
     #[arg(long = "usb", value_name = "DEVICE")]
     usb: Vec<UsbSpec>,
-    /// The network: user (no privileges), tap:NAME or none
+    /// The network: user (no privileges), tap:NAME, usb (an interface among the USB devices) or none
     #[arg(long, default_value = "user", value_name = "NET")]
     net: NetSpec,
-    /// The guest's address on a TAP; without it the guest asks by DHCP
+    /// The guest's address on a TAP or USB; without it the guest asks by DHCP
     #[arg(long, value_name = "ADDRESS/LENGTH")]
     address: Option<String>,
-    /// The guest's default router on a TAP
+    /// The guest's default router there
     #[arg(long, value_name = "ADDRESS", requires = "address")]
     gateway: Option<String>,
     /// The machine that a unikernel boots on: microvm or q35
@@ -152,10 +152,16 @@ impl Run {
             config.mounts.push(plan::root_mount(&disk.path, disk.writable)?);
         }
         config.mounts.extend(self.mounts);
+        if self.on == On::Userspace {
+            config.usb.extend(self.usb.iter().filter_map(|one| match one {
+                UsbSpec::Host(place) => Some(place.to_string()),
+                _ => None,
+            }));
+        }
         if config.interfaces.is_empty() {
             config.interfaces = match &self.net {
                 NetSpec::User => vec![gateway::guest_interface()],
-                NetSpec::Tap(_) => vec![Interface {
+                NetSpec::Tap(_) | NetSpec::Usb => vec![Interface {
                     ipv4: self.address.unwrap_or_else(|| "dhcp".into()),
                     gateway: self.gateway,
                     ..Interface::default()

@@ -143,7 +143,7 @@ impl Machine {
 
     fn network(&mut self, spec: &RunSpec) {
         let backend = match &spec.net {
-            NetSpec::None => return,
+            NetSpec::None | NetSpec::Usb => return,
             NetSpec::Tap(name) => format!("tap,id=net0,ifname={name},script=no,downscript=no"),
             NetSpec::User => {
                 let mut backend = String::from("user,id=net0");
@@ -174,6 +174,12 @@ impl Machine {
                 UsbSpec::Keyboard => "usb-kbd",
                 UsbSpec::Mouse => "usb-mouse",
                 UsbSpec::Net => "usb-net,netdev=net0",
+                UsbSpec::Host(place) => {
+                    let ports: Vec<String> = place.ports().iter().map(u8::to_string).collect();
+                    let place = format!("hostbus={},hostport={}", place.bus, ports.join("."));
+                    self.args(["-device", &format!("usb-host,{place},{options}")]);
+                    continue;
+                }
                 UsbSpec::Hub => {
                     hub += &format!("{}.", next - 1);
                     next = 1;

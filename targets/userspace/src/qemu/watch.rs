@@ -25,7 +25,7 @@ impl Watch {
     /// Begins, before a guest with `memory` bytes starts.
     pub(super) fn start(target: &str, spec: &RunSpec, memory: u64) -> Result<Self, Failure> {
         let mut watch = Self::default();
-        if let Some(path) = spec.pcap.as_ref().filter(|_| spec.net != NetSpec::None) {
+        if let Some(path) = spec.pcap.as_ref().filter(|_| !matches!(spec.net, NetSpec::None | NetSpec::Usb)) {
             let frames = Frames::start(path)?;
             watch.args.extend(frames.args());
             watch.frames = Some(frames);
