@@ -3,6 +3,7 @@
 //! The guest's Linux bridges its virtio-net interface with the module's `ak0`, so our stack is on QEMU's network with an
 //! address of its own, and Linux has none. Disks are virtio-blk devices of Linux, opened by the module.
 
+pub mod guest;
 pub mod initramfs;
 pub mod kernel;
 

@@ -25,6 +25,7 @@ mod channel;
 pub mod linux_module;
 mod machine;
 mod process;
+pub mod qmp;
 pub mod rumprun;
 pub mod symbols;
 mod watch;
