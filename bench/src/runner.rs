@@ -9,6 +9,7 @@ pub mod image;
 pub mod linux;
 pub mod net;
 pub mod sim;
+pub mod usb;
 pub mod vfs;
 
 use crate::record::Record;

@@ -42,7 +42,7 @@ enum Task {
     },
     /// Run every fuzz target for a few seconds, and look for every bug that was planted for the fuzzers.
     Fuzz,
-    /// Measure against peers in the same run: boot, image, net, vfs, contract, sim or fuzz.
+    /// Measure against peers in the same run: boot, image, net, vfs, usb, contract, sim or fuzz.
     Bench {
         /// Which one.
         name: String,

@@ -42,6 +42,8 @@ enum Bench {
     Net,
     /// A contract call beside a plain call, in every target.
     Contract,
+    /// Reading a stick and finding devices, beside a Debian guest.
+    Usb,
     /// Executions of the fuzz targets, beside a process for each.
     Fuzz,
 }
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Bench::Boot => programs().and_then(|programs| runner::boot::bench(&programs, &cli.dir)),
         Bench::Image => programs().and_then(|programs| runner::image::bench(&programs, &cli.dir)),
         Bench::Net => programs().and_then(|programs| runner::net::bench(&cli.anykernel, &programs, &cli.dir)),
+        Bench::Usb => runner::usb::bench(&cli.anykernel, &cli.dir),
         Bench::Contract => runner::contract::bench(&cli.anykernel),
         Bench::Fuzz => runner::fuzz::bench(&cli.anykernel),
     };
