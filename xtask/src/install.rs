@@ -26,6 +26,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/bin/bc", "bc"),
     ("/usr/include/libelf.h", "libelf-dev"),
     ("/usr/bin/xz", "xz-utils"),
+    ("/usr/bin/lsusb", "usbutils"),
     ("/usr/bin/tshark", "tshark"),
 ];
 

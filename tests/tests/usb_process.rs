@@ -1,0 +1,355 @@
+//! The process target on real USB devices: a Debian guest in which libusb sees what QEMU plugs in and pulls out, and a stick that is
+//! mounted there through FUSE. Needs `qemu-system-x86_64`, `mkfs.fat`, `fsck.fat`, mtools, lsusb and Debian's generic kernel
+//! (fetched without privileges).
+
+mod usb_support;
+
+use anykernel_tests::anykernel;
+use anykernel_userspace::qemu::linux_module::guest::{DebianGuest, PARAMETERS};
+use anykernel_userspace::qemu::qmp::Qmp;
+use anykernel_userspace::qemu::{Accelerator, End, Process};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use usb_support::{run, stick};
+
+/// Far more than any of these needs on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// What every script begins with. Lines that begin with `@` ask the test to plug.
+const BEGIN: &str = r#"
+check() { name=$1; shift; if "$@"; then echo "ok $name"; else echo "bad $name"; fi; }
+there() { n=0; while [ ! -e /sys/bus/usb/devices/$1/bConfigurationValue ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done; }
+gone() { n=0; while [ -e /sys/bus/usb/devices/$1 ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done; }
+mounted() { grep -q ' /m fuse ' /proc/mounts; }
+wait_mount() { n=0; while ! mounted && [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done; mounted; }
+not() { ! "$@"; }
+mkdir /m
+"#;
+
+fn files(script: &str) -> DebianGuest {
+    let mut files =
+        DebianGuest::new(&format!("{BEGIN}{script}")).unwrap_or_else(|failure| panic!("{failure}"));
+    files.program(anykernel(), "bin/anykernel").unwrap();
+    files.drivers(&["xhci-pci", "fuse"]).unwrap();
+    files
+}
+
+/// Boots the guest with `args` and returns what it said. `asked` is called for each line that begins with `@`.
+fn boot(dir: &Path, files: DebianGuest, args: &[&str], mut asked: impl FnMut(&mut Qmp, &str)) -> String {
+    let (initrd, socket) = (dir.join("initrd"), dir.join("qmp"));
+    let kernel = files.finish(&initrd).unwrap();
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-M", "q35", "-smp", "2", "-m", "768"])
+        .args(Accelerator::Tcg.args_for_self_modifying())
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"])
+        .args(["-append", PARAMETERS])
+        .arg("-kernel")
+        .arg(&kernel)
+        .arg("-initrd")
+        .arg(&initrd)
+        .arg("-qmp")
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .args(["-device", "qemu-xhci,id=usb,p2=4,p3=4"])
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut qemu = Process::start(command).unwrap();
+    let (_, stdout, _errors) = qemu.pipes();
+    let mut qmp = Qmp::connect(&socket, PATIENCE).unwrap();
+    let (send, lines) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let mut lines = BufReader::new(stdout.unwrap());
+        let (mut all, mut line) = (String::new(), Vec::new());
+        while lines.read_until(b'\n', &mut line).is_ok_and(|len| len > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            all += &text;
+            all.push('\n');
+            // It is not heard any more once the guest is late.
+            let _ = send.send(text);
+            line.clear();
+        }
+        all
+    });
+    let start = Instant::now();
+    while let Ok(line) = lines.recv_timeout(PATIENCE.saturating_sub(start.elapsed())) {
+        if let Some(wish) = line.strip_prefix('@') {
+            asked(&mut qmp, wish);
+        }
+    }
+    let end = qemu.wait(Some(Instant::now() + Duration::from_secs(10)), PATIENCE, || ()).unwrap();
+    drop(qemu);
+    let text = reader.join().unwrap();
+    assert!(matches!(end, End::Ended(_)), "it does not end:\n{text}");
+    assert!(!text.contains("bad "), "{text}");
+    text
+}
+
+fn all_ok(text: &str, checks: &[&str]) {
+    for check in checks {
+        assert!(text.lines().any(|line| line == format!("ok {check}")), "{check} is not ok in:\n{text}");
+    }
+}
+
+fn pull(qmp: &mut Qmp, id: &str) {
+    qmp.ask("device_del", json!({ "id": id })).unwrap();
+}
+
+fn plug_stick(qmp: &mut Qmp, id: &str, port: &str) {
+    let device = json!({ "driver": "usb-storage", "id": id, "drive": id, "bus": "usb.0", "port": port });
+    // What was there before may not be gone yet.
+    let start = Instant::now();
+    while let Err(failure) = qmp.ask("device_add", device.clone()) {
+        assert!(start.elapsed() < PATIENCE, "{failure}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The second stick is pulled out while it is written to.
+const MOUNT: &str = r#"
+there 2-1
+there 2-2
+anykernel mount usb:2-1 /m &
+pid=$!
+check mounted wait_mount
+check sums sh -c 'cd /m && sha256sum -c SHA256SUMS'
+check names [ "$(ls /m | tr '\n' ' ')" = "SHA256SUMS big.bin empty odd.bin " ]
+check read-only not touch /m/new
+kill -INT $pid
+wait $pid
+check ended [ $? = 0 ]
+check unmounted not mounted
+
+anykernel mount --write usb:2-1 /m &
+pid=$!
+check mounted-again wait_mount
+mkdir -p /m/one/two
+cp /m/big.bin /m/one/copy.bin
+mv /m/one/copy.bin "/m/one/two/a longer name.bin"
+rm /m/odd.bin
+echo text >/m/text
+echo more >>/m/text
+exec 4</m/text
+rm /m/text
+check open-and-removed [ "$(cat <&4)" = "text
+more" ]
+exec 4<&-
+echo other >/m/text
+check same-name [ "$(cat /m/text)" = other ]
+mv /m/text /m/empty
+check replaced [ "$(cat /m/empty)" = other ]
+check busy-directory not rmdir /m/one
+umount /m
+wait $pid
+check ended-by-umount [ $? = 0 ]
+check copied cmp "$(anykernel cat usb:2-1:/big.bin | sha256sum >/tmp/a; echo /tmp/a)" \
+	"$(anykernel cat 'usb:2-1:/one/two/a longer name.bin' | sha256sum >/tmp/b; echo /tmp/b)"
+
+anykernel mount --write usb:2-2 /m 2>/tmp/said &
+pid=$!
+check mounted-second wait_mount
+cd /m
+exec 5<big.bin
+(while dd if=/dev/zero of=long.bin bs=64k count=8 conv=fsync,notrunc 2>/dev/null; do :; done; echo "ok writer") &
+writer=$!
+sleep 1
+echo @pull
+gone 2-2
+wait $writer
+check reader not dd bs=1M count=1 of=/dev/null <&5
+exec 5<&-
+cd /
+wait $pid
+check status [ $? = 1 ]
+check reason grep -q "it was unplugged" /tmp/said
+check clean not mounted
+
+(while anykernel cp /bin/anykernel usb:2-1:/program 2>/tmp/said; do :; done; echo "ok copier") &
+copier=$!
+sleep 3
+echo @pull-first
+wait $copier
+cat /tmp/said
+echo @plug
+there 2-2
+anykernel mount usb:2-2 /m &
+pid=$!
+check mounted-replugged wait_mount
+check sums-replugged sh -c 'cd /m && sha256sum -c SHA256SUMS'
+kill -INT $pid
+wait $pid
+
+anykernel mount usb:2-4 /m 2>&1 | head -1
+rmmod fuse
+anykernel mount usb:2-2 /m 2>&1 | head -1
+"#;
+
+#[test]
+fn a_stick_is_mounted_written_and_pulled_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, _) = stick(dir.path());
+    let second = dir.path().join("second.img");
+    fs::copy(&first, &second).unwrap();
+    let node = |name: &str, path: &Path| {
+        format!("driver=raw,node-name={name},file.driver=file,file.filename={}", path.display())
+    };
+    let mut args = Vec::new();
+    let nodes = [node("first", &first), node("second", &second)];
+    for (port, (name, node)) in (1..).zip(["first", "second"].into_iter().zip(&nodes)) {
+        args.extend(["-blockdev".to_owned(), node.clone(), "-device".to_owned()]);
+        args.push(format!("usb-storage,id={name},drive={name},bus=usb.0,port={port}"));
+    }
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let text = boot(dir.path(), files(MOUNT), &args, |qmp, wish| match wish {
+        "pull" => pull(qmp, "second"),
+        "pull-first" => pull(qmp, "first"),
+        "plug" => plug_stick(qmp, "second", "2"),
+        other => panic!("{other}"),
+    });
+    let checks = "mounted sums names read-only ended unmounted mounted-again open-and-removed same-name replaced \
+        busy-directory ended-by-umount copied mounted-second writer reader status reason clean copier mounted-replugged \
+        sums-replugged";
+    all_ok(&text, &checks.split_whitespace().collect::<Vec<_>>());
+    for line in ["usb:2-4: no disk is there", "there is no /dev/fuse"] {
+        assert!(text.contains(line), "{line} is not said in:\n{text}");
+    }
+}
+
+/// Fields of a device by lines `name value`, and the device that they are of: bus and address.
+type Fields = BTreeMap<(u32, u32), Vec<(String, String)>>;
+
+/// Fields that lsusb shows the same way.
+const SAME: &[&str] = &[
+    "bDescriptorType",
+    "bcdUSB",
+    "bDeviceClass",
+    "bDeviceSubClass",
+    "bDeviceProtocol",
+    "bMaxPacketSize0",
+    "idVendor",
+    "idProduct",
+    "bcdDevice",
+    "iManufacturer",
+    "iProduct",
+    "iSerial",
+    "bNumConfigurations",
+    "wTotalLength",
+    "bNumInterfaces",
+    "bConfigurationValue",
+    "iConfiguration",
+    "bInterfaceNumber",
+    "bAlternateSetting",
+    "bNumEndpoints",
+    "bInterfaceClass",
+    "bInterfaceSubClass",
+    "bInterfaceProtocol",
+    "iInterface",
+    "bEndpointAddress",
+    "wMaxPacketSize",
+    "bInterval",
+    "bMaxBurst",
+    "bcdHID",
+    "bCountryCode",
+    "wDescriptorLength",
+    "bcdCDC",
+    "bMasterInterface",
+    "bSlaveInterface",
+    "bmEthernetStatistics",
+    "wMaxSegmentSize",
+    "bNumberPowerFilters",
+];
+
+/// Name and value of a field, numbers in one form.
+fn field(line: &str) -> Option<(String, String)> {
+    let mut words = line.split_whitespace();
+    let name = words.next().filter(|name| SAME.contains(name))?;
+    let value = words.next()?;
+    let number = match value.strip_prefix("0x") {
+        Some(hex) => u32::from_str_radix(hex, 16).ok(),
+        None => value.parse().ok(),
+    };
+    Some((name.into(), number.map_or_else(|| value.into(), |number| number.to_string())))
+}
+
+fn ours(text: &str) -> Fields {
+    let (mut all, mut bus, mut device) = (Fields::new(), 0, None);
+    for line in text.lines() {
+        let line = line.trim_end();
+        if let Some(address) = line.trim_start().strip_prefix("address ") {
+            device = Some((bus, address.parse().unwrap()));
+        } else if let Some((name, _)) =
+            line.trim_start().split_once("  ").filter(|(name, _)| !name.contains(' '))
+            && let Ok(number) = name.trim_start_matches("usb").split('-').next().unwrap().parse()
+        {
+            bus = number;
+        } else if let (Some(device), Some(field)) = (device, field(line)) {
+            all.entry(device).or_default().push(field);
+        }
+    }
+    all
+}
+
+fn theirs(text: &str) -> Fields {
+    let (mut all, mut device, mut own) = (Fields::new(), (0, 0), false);
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let ["Bus", bus, "Device", address, "ID", ..] = words[..] {
+            device = (bus.parse().unwrap(), address.trim_end_matches(':').parse().unwrap());
+            own = true;
+        }
+        // What it asks the device for beside the descriptors that we show.
+        let other = ["Hub Descriptor", "Binary Object Store", "Device Qualifier", "Device Status"];
+        own &= !other.iter().any(|title| line.starts_with(title));
+        if let Some(field) = field(line).filter(|_| own) {
+            all.entry(device).or_default().push(field);
+        }
+    }
+    all
+}
+
+const LIST: &str = r#"
+for path in 1-2 1-2.1 1-2.2 1-3 2-1; do there $path; done
+echo '== ours'
+anykernel usb list --verbose
+echo '== lsusb'
+lsusb -v 2>/dev/null
+echo '== end'
+"#;
+
+#[test]
+fn descriptors_are_shown_as_lsusb_shows_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, _) = stick(dir.path());
+    let mut files = files(LIST);
+    files.program(Path::new("/usr/bin/lsusb"), "usr/bin/lsusb").unwrap();
+    let stick =
+        format!("driver=raw,node-name=stick,read-only=on,file.driver=file,file.filename={}", image.display());
+    let args = ["-blockdev", &stick, "-device", "usb-storage,drive=stick,bus=usb.0,port=1"];
+    let others = ["usb-hub,port=2", "usb-kbd,port=2.1", "usb-mouse,port=2.2", "usb-net,port=3,netdev=n"];
+    let others: Vec<String> = others.iter().map(|one| format!("{one},bus=usb.0")).collect();
+    let mut args = args.to_vec();
+    args.extend(["-netdev", "user,id=n"]);
+    others.iter().for_each(|one| args.extend(["-device", one]));
+    let text = boot(dir.path(), files, &args, |_, wish| panic!("{wish}"));
+    let part = |from: &str, to: &str| {
+        let (_, rest) = text.split_once(from).unwrap_or_else(|| panic!("no {from} in:\n{text}"));
+        rest.split_once(to).unwrap_or_else(|| panic!("no {to} in:\n{text}")).0
+    };
+    let (ours, theirs) = (ours(part("== ours", "== lsusb")), theirs(part("== lsusb", "== end")));
+    assert_eq!(ours.len(), 7, "two root hubs and five devices:\n{text}");
+    for (device, fields) in &ours {
+        let other = theirs.get(device).unwrap_or_else(|| panic!("lsusb shows no {device:?}:\n{text}"));
+        assert!(fields.len() > 20, "{device:?}: {fields:?}");
+        for (at, (ours, theirs)) in fields.iter().zip(other).enumerate() {
+            assert_eq!(ours, theirs, "field {at} of {device:?}:\n{text}");
+        }
+        assert_eq!(fields.len(), other.len(), "{device:?}:\n{text}");
+    }
+    run("fsck.fat", &["-n", image.to_str().unwrap()]);
+}
