@@ -319,16 +319,19 @@ for path in 1-2 1-2.1 1-2.2 1-3 2-1; do there $path; done
 echo '== ours'
 anykernel usb list --verbose
 echo '== lsusb'
-lsusb -v 2>/dev/null
+/usr/bin/lsusb -v 2>/dev/null
 echo '== end'
+usb-conformance 2-1 1-2.1 1-3
+check conformance [ $? = 0 ]
 "#;
 
 #[test]
-fn descriptors_are_shown_as_lsusb_shows_them() {
+fn devices_are_shown_as_lsusb_shows_them_and_the_contract_holds() {
     let dir = tempfile::tempdir().unwrap();
     let (image, _) = stick(dir.path());
     let mut files = files(LIST);
     files.program(Path::new("/usr/bin/lsusb"), "usr/bin/lsusb").unwrap();
+    files.program(Path::new(env!("CARGO_BIN_EXE_usb-conformance")), "bin/usb-conformance").unwrap();
     let stick =
         format!("driver=raw,node-name=stick,read-only=on,file.driver=file,file.filename={}", image.display());
     let args = ["-blockdev", &stick, "-device", "usb-storage,drive=stick,bus=usb.0,port=1"];
@@ -343,6 +346,7 @@ fn descriptors_are_shown_as_lsusb_shows_them() {
         rest.split_once(to).unwrap_or_else(|| panic!("no {to} in:\n{text}")).0
     };
     let (ours, theirs) = (ours(part("== ours", "== lsusb")), theirs(part("== lsusb", "== end")));
+    all_ok(&text, &["conformance"]);
     assert_eq!(ours.len(), 7, "two root hubs and five devices:\n{text}");
     for (device, fields) in &ours {
         let other = theirs.get(device).unwrap_or_else(|| panic!("lsusb shows no {device:?}:\n{text}"));

@@ -3,7 +3,7 @@
 
 use super::initramfs::Initramfs;
 use super::kernel::{self, GenericKernel};
-use super::{read, store};
+use super::{Temporary, read, store};
 use crate::Failure;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -101,11 +101,9 @@ impl DebianGuest {
         {
             self.file(word.trim_start_matches('/'), &read(Path::new(word))?);
         }
-        let bare = store()?.join(format!("stripped-{}", std::process::id()));
-        let stripped = Command::new("strip").arg("-o").arg(&bare).arg(from).status();
-        let content = read(if stripped.is_ok_and(|status| status.success()) { &bare } else { from });
-        // There only if strip made it.
-        let _ = fs::remove_file(&bare);
+        let bare = Temporary::new(&store()?, "stripped", b"")?;
+        let stripped = Command::new("strip").arg("-o").arg(&bare.0).arg(from).status();
+        let content = read(if stripped.is_ok_and(|status| status.success()) { &bare.0 } else { from });
         self.file(to, &content?);
         Ok(())
     }
