@@ -2,7 +2,7 @@
 //! programs of this machine, and a script.
 
 use super::initramfs::Initramfs;
-use super::kernel::{self, GenericKernel};
+use super::kernel::{self, Flavour, GuestKernel};
 use super::{Temporary, read, store};
 use crate::Failure;
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,7 +33,7 @@ pub const PARAMETERS: &str = "console=ttyS0 quiet loglevel=1 panic=-1 oops=panic
 pub struct DebianGuest {
     root: Initramfs,
     made: BTreeSet<String>,
-    kernel: GenericKernel,
+    kernel: GuestKernel,
     /// Every driver of the kernel, by the name that other drivers know it by.
     drivers: BTreeMap<String, PathBuf>,
     /// Those to be loaded.
@@ -66,7 +66,7 @@ impl DebianGuest {
     /// A guest with Debian's generic kernel 6.1 that runs `script` with busybox's shell and then turns itself off.
     pub fn new(script: &str) -> Result<Self, Failure> {
         let store = store()?;
-        let kernel = kernel::find_generic("6.1", &store)?;
+        let kernel = kernel::find("6.1", Flavour::Generic, &store)?;
         let mut drivers = BTreeMap::new();
         find_drivers(&kernel.modules, &mut drivers);
         let (root, made) = (Initramfs::default(), BTreeSet::new());
