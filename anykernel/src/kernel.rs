@@ -156,9 +156,37 @@ impl<H: Host> Kernel<H> {
         self.registry.lock().block_devices.clone()
     }
 
-    /// Registers a network interface.
+    /// Registers a network interface. A network stack that runs already takes it in. Context: thread; may wait for the stack.
     pub fn add_nic(&self, nic: Arc<dyn Nic>) {
-        self.registry.lock().nics.push(nic);
+        let mut registry = self.registry.lock();
+        registry.nics.push(nic.clone());
+        let sockets = registry.sockets.clone();
+        drop(registry);
+        if let Some(sockets) = sockets {
+            let name = nic.info().name.clone();
+            if let Err(error) = sockets.attach(nic) {
+                log::error!("{name}: the network stack does not take it: {error}");
+            }
+        }
+    }
+
+    /// Forgets the network interface `name`, which is gone. Connections over it fail. Context: as [`Kernel::add_nic`].
+    pub fn remove_nic(&self, name: &str) {
+        let mut registry = self.registry.lock();
+        let (gone, left) =
+            core::mem::take(&mut registry.nics).into_iter().partition(|one| one.info().name == name);
+        registry.nics = left;
+        let sockets = registry.sockets.clone();
+        drop(registry);
+        sockets.into_iter().for_each(|sockets| sockets.detach(name));
+        drop::<Vec<_>>(gone);
+    }
+
+    /// A name that no network interface has: `nic0`, `nic1`, ...
+    pub fn free_nic_name(&self) -> String {
+        let registry = self.registry.lock();
+        let free = |name: &String| registry.nics.iter().all(|nic| nic.info().name != *name);
+        (0..=registry.nics.len()).map(|index| alloc::format!("nic{index}")).find(free).unwrap_or_default()
     }
 
     /// All network interfaces, in the order of registration.

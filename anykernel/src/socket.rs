@@ -3,6 +3,7 @@
 //! The `poll_` functions follow `core::future`: `Pending` means that the waker is called when it is worth asking
 //! again. One waker per direction is kept, the last one given.
 
+use crate::nic::Nic;
 use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
 use core::fmt;
 use core::net::{IpAddr, SocketAddr};
@@ -162,6 +163,18 @@ pub trait SocketProvider: Send + Sync {
     fn interfaces(&self) -> Vec<InterfaceStatus>;
     /// Ready when every interface has the addresses it was configured to get (DHCP done).
     fn poll_configured(&self, cx: &mut Context<'_>) -> Poll<Result<()>>;
+    /// Takes in an interface that came after the provider started; one that it has already is left alone. It gets the
+    /// settings of its place: that of an interface that went, or the next. [`Kernel::add_nic`](crate::Kernel::add_nic) calls it.
+    /// Context: thread.
+    fn attach(&self, nic: Arc<dyn Nic>) -> Result<()> {
+        let _ = nic;
+        Err(NetError::Unsupported)
+    }
+    /// The interface `name` is gone: its addresses go, and connections that used them fail with
+    /// [`NetError::AddrNotAvailable`]. Context: thread.
+    fn detach(&self, name: &str) {
+        let _ = name;
+    }
 }
 
 /// Async helpers over a [`Stream`].
