@@ -27,11 +27,20 @@ pub(crate) struct Port {
     pub(crate) caps: NicCaps,
     staged: VecDeque<(Vec<u8>, TxMeta)>,
     needs_flush: bool,
+    /// Unplugged: nothing leaves by it.
+    gone: bool,
 }
 
 impl Port {
     pub(crate) fn new(queue: Option<Box<dyn NicQueue>>, owner: usize, mac: Mac, caps: NicCaps) -> Self {
-        Self { queue, owner, mac, caps, staged: VecDeque::new(), needs_flush: false }
+        Self { queue, owner, mac, caps, staged: VecDeque::new(), needs_flush: false, gone: false }
+    }
+
+    /// Lets go of the queue, and of what waits for it. Says how many frames that were.
+    pub(crate) fn unplug(&mut self) -> usize {
+        self.gone = true;
+        self.queue = None;
+        core::mem::take(&mut self.staged).len()
     }
 }
 
@@ -150,7 +159,7 @@ impl Io {
             port.needs_flush = true;
             return;
         }
-        let full = port.staged.len() >= MAX_STAGED;
+        let full = port.gone || port.staged.len() >= MAX_STAGED;
         let Some(mut buf) = self.buffer(frame_len).filter(|_| !full) else {
             // The packet counts as sent: its sender has moved on. TCP will repeat it.
             self.counters.drop_tx_full.increment();
@@ -178,7 +187,7 @@ impl Io {
         {
             port.needs_flush = true;
             self.recycle(frame);
-        } else if port.staged.len() >= MAX_STAGED {
+        } else if port.gone || port.staged.len() >= MAX_STAGED {
             self.counters.drop_tx_full.increment();
             self.recycle(frame);
         } else {

@@ -9,7 +9,8 @@ use crate::counters::NetCounters;
 use crate::shard::{FlowId, Message, NicSetup, Shard, ShardSetup, UdpId, scope_of};
 use crate::slab::Key;
 use crate::tcp::listen::Accept;
-use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
+use alloc::sync::{Arc, Weak};
+use alloc::{boxed::Box, format, string::String, vec::Vec};
 use anykernel::manifest::{Capability, Manifest};
 use anykernel::nic::{Nic, NicQueue};
 use anykernel::socket::{
@@ -58,6 +59,17 @@ pub(crate) struct Stack<H: Host> {
     cells: Vec<Cell<H>>,
     counters: NetCounters,
     next_port: AtomicU32,
+    /// What has the settings.
+    kernel: Weak<Kernel<H>>,
+    /// Interfaces by their numbers. Held while one comes or goes.
+    places: Mutex<H, Vec<Place>>,
+}
+
+/// A number of an interface, and who has it.
+struct Place {
+    mac: [u8; 6],
+    /// `None`: it was unplugged.
+    name: Option<String>,
 }
 
 /// The lock of a shard. Giving it back lets the shard send, then wakes whoever waited.
@@ -175,6 +187,60 @@ impl<H: Host> Stack<H> {
         }
     }
 
+    /// See [`SocketProvider::attach`].
+    fn attach(&self, nic: &Arc<dyn Nic>) -> Result<()> {
+        let info = nic.info();
+        let mut places = self.places.lock();
+        if places.iter().any(|place| place.name.as_ref() == Some(&info.name)) {
+            return Ok(());
+        }
+        let kernel = self.kernel.upgrade().ok_or(NetError::Closed)?;
+        // Its own again, else any that is free.
+        let free = |place: &Place| place.name.is_none();
+        let number = places
+            .iter()
+            .position(|place| free(place) && place.mac == info.mac)
+            .or_else(|| places.iter().position(free))
+            .unwrap_or(places.len());
+        let settings = Settings::parse(kernel.config(), number).map_err(|line| {
+            log::error!("{line}");
+            NetError::Invalid
+        })?;
+        let signals: Vec<_> = self.cells.iter().map(|cell| cell.signal.clone()).collect();
+        let mut queues = open_queue_pairs(nic, &signals).map_err(|error| {
+            log::error!("{error}");
+            NetError::Unsupported
+        })?;
+        let place = Place { mac: info.mac, name: Some(info.name.clone()) };
+        match places.get_mut(number) {
+            Some(free) => *free = place,
+            None => places.push(place),
+        }
+        log::info!("{}: interface {number}", info.name);
+        for id in (0..self.cells.len()).rev() {
+            let setup = NicSetup { info: info.clone(), queue: queues.take(id), owner: id % queues.opened };
+            self.enter(id)?.plug(number, setup, &settings);
+        }
+        self.cells.iter().for_each(|cell| cell.signal.raise(&self.host));
+        Ok(())
+    }
+
+    /// See [`SocketProvider::detach`].
+    fn detach(&self, name: &str) {
+        let mut places = self.places.lock();
+        let number = places.iter().position(|place| place.name.as_deref() == Some(name));
+        let Some((number, place)) = number.and_then(|number| Some((number, places.get_mut(number)?))) else {
+            return;
+        };
+        place.name = None;
+        for id in (0..self.cells.len()).rev() {
+            if let Ok(mut shard) = self.enter(id) {
+                shard.unplug(number);
+            }
+        }
+        log::warn!("{name}: unplugged; connections over it fail");
+    }
+
     /// The next port to try.
     fn next_port(&self) -> u16 {
         let span = u32::from(*EPHEMERAL.end() - *EPHEMERAL.start()) + 1;
@@ -239,7 +305,15 @@ pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
             }
         })
         .collect();
-    let stack = Arc::new(Stack { host, cells, counters, next_port: AtomicU32::new(first_port) });
+    let place = |nic: &Arc<dyn Nic>| Place { mac: nic.info().mac, name: Some(nic.info().name.clone()) };
+    let stack = Arc::new(Stack {
+        host,
+        cells,
+        counters,
+        next_port: AtomicU32::new(first_port),
+        kernel: Arc::downgrade(kernel),
+        places: Mutex::new(host, nics.iter().map(place).collect()),
+    });
     for (index, cell) in stack.cells.iter().enumerate() {
         kernel.raise_on_stop(cell.signal.clone());
         let (stack, kernel_of_thread) = (stack.clone(), kernel.clone());
@@ -247,7 +321,17 @@ pub fn start<H: Host>(kernel: &Arc<Kernel<H>>) -> Result<(), StartError> {
             stack.run(index, || kernel_of_thread.stopping());
         })?;
     }
-    kernel.set_sockets(Arc::new(Provider(stack)));
+    kernel.set_sockets(Arc::new(Provider(stack.clone())));
+    // What came and went meanwhile.
+    let now = kernel.nics();
+    for nic in nics.iter().filter(|nic| now.iter().all(|one| one.info().name != nic.info().name)) {
+        stack.detach(&nic.info().name);
+    }
+    for nic in &now {
+        if let Err(error) = stack.attach(nic) {
+            log::error!("{}: the network stack does not take it: {error}", nic.info().name);
+        }
+    }
     Ok(())
 }
 
@@ -264,19 +348,19 @@ impl Queues {
 
 /// Opens as many queues of every NIC as there are shards, or as it has.
 fn open_queues(nics: &[Arc<dyn Nic>], signals: &[Arc<Signal>]) -> Result<Vec<Queues>, StartError> {
-    let mut all = Vec::new();
-    for nic in nics {
-        let mut queues = Vec::new();
-        for (index, signal) in signals.iter().enumerate().take(usize::from(nic.info().queues.max(1))) {
-            let queue = nic.open_queue(index as u16, signal.clone()).map_err(|error| StartError::Host {
-                what: format!("opening queue {index} of {}", nic.info().name),
-                error,
-            })?;
-            queues.push(Some(queue));
-        }
-        all.push(Queues { opened: queues.len().max(1), queues });
+    nics.iter().map(|nic| open_queue_pairs(nic, signals)).collect()
+}
+
+fn open_queue_pairs(nic: &Arc<dyn Nic>, signals: &[Arc<Signal>]) -> Result<Queues, StartError> {
+    let mut queues = Vec::new();
+    for (index, signal) in signals.iter().enumerate().take(usize::from(nic.info().queues.max(1))) {
+        let queue = nic.open_queue(index as u16, signal.clone()).map_err(|error| StartError::Host {
+            what: format!("opening queue {index} of {}", nic.info().name),
+            error,
+        })?;
+        queues.push(Some(queue));
     }
-    Ok(all)
+    Ok(Queues { opened: queues.len().max(1), queues })
 }
 
 /// The stack as a socket provider.
@@ -378,7 +462,7 @@ impl<H: Host> SocketProvider for Provider<H> {
 
     fn interfaces(&self) -> Vec<InterfaceStatus> {
         let Ok(shard) = self.0.enter(0) else { return Vec::new() };
-        let interfaces = shard.routes.interfaces.iter();
+        let interfaces = shard.routes.interfaces.iter().filter(|interface| !interface.gone);
         interfaces
             .map(|interface| InterfaceStatus {
                 name: interface.name.clone(),
@@ -407,6 +491,14 @@ impl<H: Host> SocketProvider for Provider<H> {
         }
         shard.when_configured(cx.waker().clone());
         Poll::Pending
+    }
+
+    fn attach(&self, nic: Arc<dyn Nic>) -> Result<()> {
+        self.0.attach(&nic)
+    }
+
+    fn detach(&self, name: &str) {
+        self.0.detach(name);
     }
 }
 

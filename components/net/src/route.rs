@@ -29,6 +29,8 @@ pub(crate) struct Interface {
     /// Has the IPv4 and the IPv6 addresses that it was configured to get.
     pub(crate) configured_v4: bool,
     pub(crate) configured_v6: bool,
+    /// Unplugged; it keeps its number.
+    pub(crate) gone: bool,
 }
 
 /// All interfaces.

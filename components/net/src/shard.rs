@@ -172,12 +172,7 @@ impl Shard {
             interfaces
                 .iter()
                 .zip(settings)
-                .map(|(interface, settings)| Control {
-                    dhcp: (settings.ipv4 == Ipv4Setting::Dhcp)
-                        .then(|| Dhcp::new(interface.mac, &settings.hostname, prf.next_u64() as u32, now_ns)),
-                    ndp: crate::ndp::Ndp::new(interface.mac, settings.ipv6, now_ns),
-                    settings,
-                })
+                .map(|(interface, settings)| Control::new(interface.mac, settings, &mut prf, now_ns))
                 .collect()
         } else {
             Vec::new()
@@ -219,6 +214,65 @@ impl Shard {
             }
         }
         shard
+    }
+
+    /// Takes in the interface with number `iface`: the next one, or one that was unplugged. All shards are told, shard 0 as
+    /// the last, as it tells the others of addresses.
+    pub(crate) fn plug(&mut self, iface: usize, nic: NicSetup, settings: &Settings) {
+        let NicSetup { info, queue, owner } = nic;
+        let port = Port::new(queue, owner, info.mac, info.caps);
+        match self.io.ports.get_mut(iface) {
+            Some(place) => *place = port,
+            None => self.io.ports.push(port),
+        }
+        self.neighbors.forget(iface);
+        if self.id == 0 {
+            let control = Control::new(info.mac, settings.clone(), &mut self.prf, self.now_ns);
+            self.replace(iface, interface(&info, settings), control);
+            let own = self.routes.get(iface).and_then(|interface| interface.v4.first().copied());
+            if let Some((own, _)) = own {
+                self.arp_announce(iface, own);
+            }
+        }
+    }
+
+    /// The interface with number `iface` is gone. Shard 0 is told last.
+    pub(crate) fn unplug(&mut self, iface: usize) {
+        let Some(port) = self.io.ports.get_mut(iface) else { return };
+        let lost = port.unplug();
+        self.io.counters.drop_tx_full.add(lost as u64);
+        self.neighbors.forget(iface);
+        if self.id == 0
+            && let Some(before) = self.routes.get(iface)
+        {
+            let gone = Interface {
+                name: before.name.clone(),
+                mac: before.mac,
+                mtu: before.mtu,
+                configured_v4: true,
+                configured_v6: true,
+                gone: true,
+                ..Interface::default()
+            };
+            let settings =
+                Settings { ipv4: Ipv4Setting::None, ipv6: Ipv6Setting::None, ..Settings::default() };
+            let control = Control::new(gone.mac, settings, &mut self.prf, self.now_ns);
+            self.replace(iface, gone, control);
+        }
+    }
+
+    /// Puts an interface in the place of another, or behind all, here and in all shards.
+    fn replace(&mut self, iface: usize, interface: Interface, control: Control) {
+        let mut routes = Routes::clone(&self.routes);
+        match routes.interfaces.get_mut(iface) {
+            Some(place) => *place = interface,
+            None => routes.interfaces.push(interface),
+        }
+        match self.control.get_mut(iface) {
+            Some(place) => *place = control,
+            None => self.control.push(control),
+        }
+        self.publish(routes);
     }
 
     /// Tells the time. Never goes back.
@@ -371,6 +425,11 @@ impl Shard {
             return;
         };
         change(interface, &control.settings);
+        self.publish(routes);
+    }
+
+    /// Gives all shards these routes.
+    fn publish(&mut self, routes: Routes) {
         let routes = Arc::new(routes);
         for shard in (0..self.count).filter(|shard| *shard != self.id) {
             self.io.outbox.push((shard, Message::Routes(routes.clone())));
@@ -384,7 +443,7 @@ impl Shard {
     fn set_routes(&mut self, routes: Arc<Routes>) {
         let before = core::mem::replace(&mut self.routes, routes);
         for (iface, (old, new)) in before.interfaces.iter().zip(&self.routes.interfaces).enumerate() {
-            if old.v4 != new.v4 {
+            if old.v4 != new.v4 || old.mac != new.mac {
                 self.neighbors.forget(iface);
             }
         }
@@ -402,6 +461,15 @@ impl Shard {
 }
 
 impl Control {
+    fn new(mac: Mac, settings: Settings, prf: &mut Prf, now_ns: u64) -> Self {
+        Self {
+            dhcp: (settings.ipv4 == Ipv4Setting::Dhcp)
+                .then(|| Dhcp::new(mac, &settings.hostname, prf.next_u64() as u32, now_ns)),
+            ndp: crate::ndp::Ndp::new(mac, settings.ipv6, now_ns),
+            settings,
+        }
+    }
+
     fn next_deadline_ns(&self) -> Option<u64> {
         let dhcp = self.dhcp.as_ref().map(Dhcp::next_deadline_ns);
         [dhcp, self.ndp.next_deadline_ns()].into_iter().flatten().min()

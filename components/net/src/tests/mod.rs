@@ -2,6 +2,7 @@
 
 mod forward;
 mod ip;
+mod plug;
 mod stall;
 mod tcp;
 mod world;

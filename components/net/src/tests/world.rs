@@ -163,6 +163,24 @@ impl World {
         world
     }
 
+    /// Pulls the first interface of a stack out.
+    pub(crate) fn unplug(&mut self, node: usize) {
+        self.nodes[node].shards.iter_mut().rev().for_each(|shard| shard.unplug(0));
+        self.settle();
+    }
+
+    /// Plugs an interface in as number `iface`, on the same link.
+    pub(crate) fn plug(&mut self, node: usize, iface: usize, spec: &Spec) {
+        let Node { shards, mac, wire, .. } = &mut self.nodes[node];
+        for shard in shards.iter_mut().rev() {
+            let name = format!("nic{iface}");
+            let info = NicInfo { name, mac: *mac, mtu: spec.mtu, caps: spec.caps, queues: 1 };
+            let queue = (shard.id == 0)
+                .then(|| Box::new(MemQueue { wire: wire.clone(), room: spec.room }) as Box<dyn NicQueue>);
+            shard.plug(iface, NicSetup { info, queue, owner: 0 }, &spec.settings);
+        }
+    }
+
     /// Starts another run of chance.
     pub(crate) fn reseed(&mut self, seed: u64) {
         self.seed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).max(1);
