@@ -1,6 +1,5 @@
 //! The stack of one host controller, or of the platform's devices: what targets start and ask.
 
-use crate::class::net::NicPort;
 use crate::controller::{HostController, Slot, Translator};
 use crate::device::Device;
 use crate::engine::{Engine, Turn};
@@ -8,7 +7,7 @@ use crate::platform::Claim;
 use crate::port::{self, Ports};
 use crate::quirks::{self, QuirkEntry, Quirks};
 use crate::tree::{DriverNote, Listed, Node, NodeDevice, NodeState};
-use crate::usbmon::Tap;
+use crate::usbmon::{Capture, Tap};
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::string::String;
@@ -36,6 +35,8 @@ pub struct Options {
     pub quirks: Vec<QuirkEntry>,
     /// Which devices of a platform are taken. A stack on a controller of its own has them all.
     pub claim: Claim,
+    /// Who is told of every transfer from the start on.
+    pub capture: Option<Capture>,
 }
 
 /// What users can read of a stack, as `usb.NAME`.
@@ -99,8 +100,6 @@ pub(crate) struct Shared<H: Host> {
     tree: Mutex<H, BTreeMap<UsbPath, Node>>,
     /// Full and low speed hubs behind a high speed one, and what translates for them.
     translators: Mutex<H, Vec<(Slot, Translator)>>,
-    /// Network interfaces, also of devices that were unplugged.
-    pub(crate) nics: Mutex<H, Vec<Arc<NicPort<H>>>>,
     /// How many ports and drivers are still finding out what there is.
     busy: Mutex<H, usize>,
     settled: Signal,
@@ -162,6 +161,11 @@ impl<H: Host> Shared<H> {
         let Some(node) = tree.get_mut(&path) else { return };
         node.drivers.retain(|one| one.interface != note.interface);
         node.drivers.push(note);
+    }
+
+    /// Says why there is no driver for an interface.
+    pub(crate) fn set_refused(&self, path: UsbPath, interface: u8, name: &'static str, why: String) {
+        self.note(path, DriverNote { interface, name, note: why, failed: true });
     }
 
     /// A driver gives up. The device goes with the last of its drivers.
@@ -242,6 +246,7 @@ impl<H: Host> UsbStack<H> {
     ) -> Arc<Self> {
         let host = kernel.host();
         let engine = Engine::new(host, controller, signal);
+        engine.set_tap(options.capture.map(Capture::tap));
         let owner = Arc::new(Owner(engine.clone()));
         let shared = Arc::new(Shared {
             engine,
@@ -252,7 +257,6 @@ impl<H: Host> UsbStack<H> {
             quirks: options.quirks,
             tree: Mutex::new(host, BTreeMap::new()),
             translators: Mutex::new(host, Vec::new()),
-            nics: Mutex::new(host, Vec::new()),
             busy: Mutex::new(host, 0),
             settled: Signal::new(),
         });

@@ -6,7 +6,9 @@
 use crate::controller::{Slot, Status, Transfer};
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::fmt;
 use hypercall::UsbPath;
 
 /// The link type of the packets.
@@ -110,6 +112,27 @@ pub fn record(
         left -= part.len();
     }
     bytes
+}
+
+/// Takes the bytes of a capture file, piece by piece.
+#[derive(Clone)]
+pub struct Capture(Arc<dyn Fn(&[u8]) + Send + Sync>);
+
+impl Capture {
+    /// `take` gets the file's header and then a record for each call. It must neither block for long nor call the stack.
+    pub fn new(take: impl Fn(&[u8]) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(take))
+    }
+
+    pub(crate) fn tap(self) -> Tap {
+        Tap::new(move |bytes| (self.0)(bytes))
+    }
+}
+
+impl fmt::Debug for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Capture")
+    }
 }
 
 type Sink = Box<dyn FnMut(&[u8]) + Send>;

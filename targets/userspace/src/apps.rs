@@ -8,7 +8,7 @@ use std::sync::Arc;
 pub const APPS: &[(&str, &str)] = &[
     ("httpd", "serves the mounted files over HTTP on port 80"),
     ("selftest", "checks the kernel it runs in and prints the verdicts as JSON lines"),
-    ("usb", "shows USB devices: usb list, usb watch SECONDS, usb read FILE"),
+    ("usb", "shows USB devices: usb list, usb watch SECONDS, usb keys, usb read FILE"),
     ("netbench", "the server side of the network benchmarks"),
     ("contractbench", "measures what a contract call costs"),
 ];

@@ -26,6 +26,7 @@ pub mod sim;
 mod spec;
 pub mod trace;
 pub mod usb;
+mod usb_pcap;
 
 pub use disk::HostDisk;
 pub use heap::Heap;

@@ -7,11 +7,13 @@ use crate::link::{Pcap, Tap};
 use crate::record::Recording;
 use crate::trace::Trace;
 use crate::usb::UsbBus;
+use crate::usb_pcap::UsbPcap;
 use crate::{
     Builder, ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, PosixHost, RunSpec, UsbSpec, apps,
     interrupt, qemu, replay,
 };
 use anykernel::StartError;
+use anykernel_usb::usbmon::Capture;
 use anykernel_usb::{Claim, Options};
 use hypercall::layers::recorded::ENTER_STOP;
 use hypercall::layers::{Recorded, Recorder, Traced};
@@ -42,7 +44,11 @@ pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
     check(target, spec)?;
     let status = match target {
         // Says more when it ends.
-        Target::Userspace => return userspace(spec),
+        Target::Userspace => {
+            let usb_pcap = spec.usb_pcap.as_deref().map(UsbPcap::create).transpose()?;
+            let status = userspace(spec, usb_pcap.clone())?;
+            return usb_pcap.map_or(Ok(()), |file| file.finish()).map(|()| status);
+        }
         Target::Rumprun => qemu::rumprun::run(&with_ports(spec)?),
         Target::LinuxModule => qemu::linux_module::run(&with_ports(spec)?),
     }?;
@@ -96,6 +102,11 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
             "too little memory: give at least --memory {}M",
             LEAST_MEMORY >> 20
         )));
+    }
+    if spec.usb_pcap.is_some() && spec.usb.is_empty() && spec.config.usb.is_empty() && !usb_disk && app != "usb" {
+        return Err(Failure::usage(
+            "--usb-pcap records USB, and nothing here uses it: add --usb disk:FILE, for example",
+        ));
     }
     let of_guests = |one: &UsbSpec| !matches!(one, UsbSpec::Host(_));
     if target == Target::Userspace && spec.usb.iter().any(of_guests) {
@@ -181,7 +192,7 @@ fn announce_ports(
 }
 
 /// Runs in this process.
-fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
+fn userspace(spec: &RunSpec, usb_pcap: Option<Arc<UsbPcap>>) -> Result<ExitStatus, Failure> {
     let mut builder = Instance::builder()
         .cpus(spec.cpus)
         .memory(spec.memory.unwrap_or(0))
@@ -189,7 +200,8 @@ fn userspace(spec: &RunSpec) -> Result<ExitStatus, Failure> {
         .console(ConsoleSink::Stdout { json: spec.json });
     let claim = Claim::of_config(&spec.config);
     if spec.config.app.first().is_some_and(|app| app == "usb") || claim != Claim::None {
-        let options = Options { claim, ..Options::default() };
+        let capture = usb_pcap.map(|file| Capture::new(move |bytes| file.write(bytes)));
+        let options = Options { claim, capture, ..Options::default() };
         builder = builder.usb(UsbBus::new()?, options);
     }
     for disk in &spec.disks {

@@ -37,6 +37,8 @@ pub struct RunSpec {
     pub record_limit: u64,
     /// Where to write the frames of the link.
     pub pcap: Option<PathBuf>,
+    /// Where to write what goes over USB.
+    pub usb_pcap: Option<PathBuf>,
     /// Standard output carries one JSON object a line: `{"event":...}`.
     pub json: bool,
     /// Nothing is said about what is published where.
@@ -60,6 +62,7 @@ impl RunSpec {
             record: None,
             record_limit: crate::record::DEFAULT_LIMIT,
             pcap: None,
+            usb_pcap: None,
             json: false,
             quiet: true,
         }

@@ -50,6 +50,11 @@ impl Function {
     }
 }
 
+/// USB attached SCSI (UAS 1.0): commands and data on pipes of their own, with streams.
+const UAS: [u8; 3] = [8, 6, 0x62];
+const UAS_ONLY: &str =
+    "it speaks UAS only, which is not supported: use a disk that also has the bulk-only transport";
+
 /// The functions of a configuration: the first setting of each interface that a driver knows.
 fn functions(configuration: &Configuration) -> Vec<(Function, &Setting)> {
     let mut found: Vec<(Function, &Setting)> = Vec::new();
@@ -82,7 +87,14 @@ pub(crate) fn start<H: Host>(shared: &Arc<Shared<H>>, device: &Arc<Device<H>>, b
         return;
     }
     let Some(configuration) = device.configuration() else { return };
-    for (function, setting) in functions(configuration) {
+    let functions = functions(configuration);
+    for setting in configuration.settings.iter().filter(|setting| setting.class == UAS) {
+        if functions.iter().all(|(_, one)| one.interface != setting.interface) {
+            log::warn!("usb {}: {UAS_ONLY}", device.identity.path);
+            shared.set_refused(device.identity.path, setting.interface, "storage", UAS_ONLY.into());
+        }
+    }
+    for (function, setting) in functions {
         let (shared, device, setting, busy) = (shared.clone(), device.clone(), setting.clone(), busy.clone());
         // There from the start, so that a device does not pass for lost while others of its drivers still begin.
         shared.set_driver(device.identity.path, setting.interface, function.name(), String::new());

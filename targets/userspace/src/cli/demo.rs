@@ -90,6 +90,7 @@ impl Demo {
             record: None,
             record_limit: anykernel_userspace::record::DEFAULT_LIMIT,
             pcap: self.pcap,
+            usb_pcap: None,
             json: false,
             quiet: true,
         };

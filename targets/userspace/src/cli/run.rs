@@ -106,6 +106,9 @@ pub(super) struct Run {
     /// Write the frames of the link, for Wireshark
     #[arg(long, value_name = "FILE")]
     pcap: Option<PathBuf>,
+    /// Write what goes over USB, for Wireshark
+    #[arg(long, value_name = "FILE")]
+    usb_pcap: Option<PathBuf>,
     /// The configuration document (see `anykernel schema`); options given here win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -184,6 +187,7 @@ impl Run {
             record: self.record,
             record_limit: self.record_limit,
             pcap: self.pcap,
+            usb_pcap: self.usb_pcap,
             json: self.json,
             quiet: false,
         };

@@ -5,6 +5,7 @@ use super::run::On;
 use anykernel::config::Config;
 use anykernel_userspace::{RunSpec, UsbSpec, logger, runner};
 use clap::{Args, Subcommand};
+use std::path::PathBuf;
 
 /// Show USB devices
 #[derive(Args)]
@@ -41,6 +42,9 @@ struct List {
     /// Plug something in to the guest: disk:FILE[:rw], keyboard, mouse, hub or net; may be given several times
     #[arg(long = "usb", value_name = "DEVICE")]
     usb: Vec<UsbSpec>,
+    /// Write what goes over USB of the guest, for Wireshark
+    #[arg(long, value_name = "FILE")]
+    usb_pcap: Option<PathBuf>,
 }
 
 impl Usb {
@@ -50,6 +54,9 @@ impl Usb {
         let app = words.chain(list.json.then_some("--json")).map(Into::into).collect();
         logger::init("warn");
         let config = Config { log: "warn".into(), app, ..Config::default() };
-        runner::run(list.on.into(), &RunSpec { usb: list.usb, ..RunSpec::new(config) })
+        runner::run(
+            list.on.into(),
+            &RunSpec { usb: list.usb, usb_pcap: list.usb_pcap, ..RunSpec::new(config) },
+        )
     }
 }

@@ -1,11 +1,11 @@
-//! What is written down about a guest while it runs: a trace, a recording, frames.
+//! What is written down about a guest while it runs: a trace, a recording, frames, USB.
 
 use super::channel::GuestMemory;
 use crate::control::Control;
 use crate::link::Pcap;
 use crate::record::Recording;
 use crate::trace::Trace;
-use crate::{Failure, NetSpec, RunSpec, replay};
+use crate::{Failure, NetSpec, RunSpec, replay, usb_pcap};
 use std::fs::File;
 use std::io::BufReader;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -18,6 +18,7 @@ pub(super) struct Watch {
     trace: Option<Trace>,
     recording: Option<Recording>,
     frames: Option<Frames>,
+    usb: Option<usb_pcap::Pipe>,
     args: Vec<String>,
 }
 
@@ -29,6 +30,11 @@ impl Watch {
             let frames = Frames::start(path)?;
             watch.args.extend(frames.args());
             watch.frames = Some(frames);
+        }
+        if let Some(path) = &spec.usb_pcap {
+            let pipe = usb_pcap::Pipe::start(path)?;
+            watch.args.extend(pipe.args());
+            watch.usb = Some(pipe);
         }
         if let Some(path) = &spec.trace {
             let memory = GuestMemory::new(memory)?;
@@ -55,6 +61,7 @@ impl Watch {
     /// The guest has ended.
     pub(super) fn finish(self) -> Result<(), Failure> {
         self.frames.map_or(Ok(()), Frames::finish)?;
+        self.usb.map_or(Ok(()), usb_pcap::Pipe::finish)?;
         self.trace.map_or(Ok(()), Trace::finish)?;
         self.recording.map_or(Ok(()), Recording::finish)
     }

@@ -5,7 +5,6 @@ mod ntb;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use nic::NicPort;
 pub use ntb::{Builder, NtbError, NtbParameters, parse as parse_ntb};
 
 use crate::controller::EndpointKind;
@@ -25,7 +24,7 @@ use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 use hypercall::Host;
-use nic::UsbNic;
+use nic::{NicPort, UsbNic};
 
 /// Transfers in flight, each way.
 const IN_FLIGHT: usize = 8;
@@ -89,12 +88,18 @@ enum Framing {
     Ncm(NtbParameters),
 }
 
-/// Lets go of the NIC however the task ends.
-struct Attached<H: Host>(Arc<NicPort<H>>);
+/// Takes the NIC out of the registry however the task ends.
+struct Registered<H: Host> {
+    shared: Arc<Shared<H>>,
+    port: Arc<NicPort<H>>,
+}
 
-impl<H: Host> Drop for Attached<H> {
+impl<H: Host> Drop for Registered<H> {
     fn drop(&mut self) {
-        self.0.detach();
+        self.port.detach();
+        if let Some(kernel) = self.shared.kernel.upgrade() {
+            kernel.remove_nic(&self.port.info.name);
+        }
     }
 }
 
@@ -171,10 +176,7 @@ async fn serve<H: Host>(
     }
     let mtu = usize::from(ethernet.segment).saturating_sub(ETHERNET_LEN).clamp(576, 1500) as u16;
     let port = shared.nic(mac, mtu).ok_or(Trouble::Wrong("the kernel has stopped"))?;
-    if !port.attach() {
-        return Err(Trouble::Wrong("another device with its Ethernet address is in use"));
-    }
-    let attached = Attached(port.clone());
+    let registered = Registered { shared: shared.clone(), port: port.clone() };
     let name = if is_ncm { "cdc-ncm" } else { "cdc-ecm" };
     log::info!("{}: usb {} ({name})", port.info.name, device.identity.path);
     shared.set_driver(device.identity.path, setting.interface, name, port.info.name.clone());
@@ -194,7 +196,7 @@ async fn serve<H: Host>(
         failures: 0,
     };
     let result = pump.run().await;
-    drop(attached);
+    drop(registered);
     result
 }
 
@@ -395,18 +397,12 @@ impl<H: Host> Pump<H> {
 }
 
 impl<H: Host> Shared<H> {
-    /// The interface with this address: a new one, registered, if there is none.
+    /// A new interface, registered.
     fn nic(&self, mac: [u8; 6], mtu: u16) -> Option<Arc<NicPort<H>>> {
-        let mut nics = self.nics.lock();
-        if let Some(known) = nics.iter().find(|one| one.info.mac == mac && one.info.mtu == mtu) {
-            return Some(known.clone());
-        }
         let (kernel, owner) = (self.kernel.upgrade()?, self.owner()?);
-        let name = format!("nic{}", kernel.nics().len());
+        let name = kernel.free_nic_name();
         let info = NicInfo { name, mac, mtu, caps: NicCaps::empty(), queues: 1 };
         let port = NicPort::new(self.engine.clone(), info);
-        nics.push(port.clone());
-        drop(nics);
         kernel.add_nic(Arc::new(UsbNic { port: port.clone(), owner }));
         Some(port)
     }

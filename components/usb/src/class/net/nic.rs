@@ -1,6 +1,4 @@
 //! The NIC: two bounded queues between the stack's shard and the task of the device.
-//!
-//! It outlives its device: plugged in again, one with the same address goes on with the same interface.
 
 use crate::engine::Engine;
 use crate::stack::Owner;
@@ -27,6 +25,8 @@ struct State {
     link_up: bool,
     signal: Option<Arc<Signal>>,
     task: Option<Waker>,
+    /// The device is unplugged.
+    gone: bool,
 }
 
 /// What shard and task share.
@@ -35,19 +35,12 @@ pub(crate) struct NicPort<H: Host> {
     pub(crate) info: NicInfo,
     state: Mutex<H, State>,
     open: AtomicBool,
-    /// Served by a device's task.
-    attached: AtomicBool,
 }
 
 impl<H: Host> NicPort<H> {
     pub(super) fn new(engine: Arc<Engine<H>>, info: NicInfo) -> Arc<Self> {
         let state = Mutex::new(engine.host, State::default());
-        Arc::new(Self { engine, info, state, open: AtomicBool::new(false), attached: AtomicBool::new(false) })
-    }
-
-    /// Takes it for a device; `false`: another one has it.
-    pub(super) fn attach(&self) -> bool {
-        !self.attached.swap(true, Ordering::AcqRel)
+        Arc::new(Self { engine, info, state, open: AtomicBool::new(false) })
     }
 
     /// The device is gone.
@@ -55,9 +48,9 @@ impl<H: Host> NicPort<H> {
         let mut state = self.state.lock();
         state.tx.clear();
         state.task = None;
+        state.gone = true;
         drop(state);
         self.set_link(false);
-        self.attached.store(false, Ordering::Release);
     }
 
     pub(super) fn set_link(&self, up: bool) {
@@ -163,8 +156,7 @@ impl<H: Host> NicQueue for UsbQueue<H> {
         fill(&mut frame);
         // Nobody at the other end, or longer than it takes: it goes nowhere, as on a wire without a plug.
         let mut state = self.port.state.lock();
-        if self.port.attached.load(Ordering::Acquire) && len <= usize::from(self.port.info.mtu) + ETHERNET_LEN
-        {
+        if !state.gone && len <= usize::from(self.port.info.mtu) + ETHERNET_LEN {
             state.tx.push_back(frame);
             self.pending = true;
         }
