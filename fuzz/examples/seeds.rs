@@ -227,6 +227,12 @@ fn corpus(top: &Path) -> Result<()> {
         ];
         put("virtio_net", &format!("how-{how}"), &net)?;
     }
+    for lie in 0..16u8 {
+        let one = [lie, lie % 8, 2, 0, 1, 0, 0, 3, 0, 0, 0, 6];
+        let story: Vec<u8> = (0..6).flat_map(|_| one).collect();
+        put("xhci", &format!("lie-{lie:02}"), &[&[20, 0][..], &story].concat())?;
+        put("xhci", &format!("late-{lie:02}"), &[&[255, 0][..], &story].concat())?;
+    }
     Ok(())
 }
 

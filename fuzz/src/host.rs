@@ -31,6 +31,8 @@ pub trait Device: Send {
     fn pci(&mut self) -> Option<&mut [u8]> {
         None
     }
+    /// Its place on PCI is written.
+    fn pci_write(&mut self, _offset: usize, _bytes: &[u8]) {}
 }
 
 /// A link that the harness is at the other end of.
@@ -468,7 +470,8 @@ unsafe impl Dma for FuzzHost {
     }
 }
 
-const REGISTERS: u64 = 0xfeb0_0000;
+/// Where the device's registers are.
+pub const REGISTERS: u64 = 0xfeb0_0000;
 const REGISTER_BYTES: usize = 0x4000;
 /// The interrupt line of the device.
 const LINE: u32 = 5;
@@ -533,9 +536,16 @@ impl Pci for FuzzHost {
         let byte = |at: usize| u32::from(space.get(usize::from(offset) + at).copied().unwrap_or(0xff));
         Ok((0..width.bytes()).rev().fold(0, |value, at| value << 8 | byte(at)))
     }
-    fn pci_write(&self, function: PciAddress, _: u16, _: Width, _: u32) -> Result<()> {
+    fn pci_write(&self, function: PciAddress, offset: u16, width: Width, value: u32) -> Result<()> {
         watch::step();
-        if function == FUNCTION { Ok(()) } else { Err(Error::NotFound) }
+        if function != FUNCTION {
+            return Err(Error::NotFound);
+        }
+        if let Some(device) = lock(&self.0.device).as_mut() {
+            let bytes = value.to_le_bytes();
+            device.pci_write(offset.into(), &bytes[..width.bytes().min(4)]);
+        }
+        Ok(())
     }
 }
 

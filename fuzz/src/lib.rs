@@ -58,6 +58,7 @@ targets! {
     "usb_storage", "status wrappers and SCSI answers of a USB disk", 256, usb::storage;
     "virtio_blk", "the virtio-blk driver against a device that breaks every rule", 1024, virtio::blk::run;
     "virtio_net", "the virtio-net driver against a device that breaks every rule", 1024, virtio::net::run;
+    "xhci", "the xHCI driver with a disk and a keyboard, against a controller that lies", 512, usb::xhci::run;
 }
 
 impl Target {

@@ -1,6 +1,8 @@
 //! What a USB device sends: descriptors, reports of hubs and of input devices, status wrappers and SCSI answers, blocks of
 //! Ethernet frames.
 
+pub mod xhci;
+
 use anykernel_usb::controller::Speed;
 use anykernel_usb::descriptor::{Configuration, DeviceDescriptor, HubDescriptor, MAX_SETTINGS, text};
 use anykernel_usb::hid::{Decoder, Layout};

@@ -21,6 +21,10 @@ mod regs;
 mod ring;
 mod slot;
 mod start;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 mod trb;
 
 pub use error::Error;

@@ -1,0 +1,105 @@
+//! The xHCI driver, with a disk and a keyboard, on a controller that lies.
+
+use crate::host::{Device, DmaMemory, FuzzHost, REGISTERS};
+use crate::watch;
+use anykernel::Kernel;
+use anykernel::block::{BlockDevice, BlockError, Complete, Op, Request};
+use anykernel::config::Config;
+use anykernel_usb::testing::{HidModel, KEYBOARD, StorageModel};
+use anykernel_usb::{Options, UsbStack};
+use anykernel_xhci::testing::{Lies, Memory, Model};
+use hypercall::Width;
+use std::sync::Arc;
+
+/// Rounds of an execution, and the time between two.
+const ROUNDS: usize = 300;
+const ROUND_NS: u64 = 20_000_000;
+const DISK_BYTES: usize = 64 << 10;
+
+struct Shared<'a>(&'a mut DmaMemory);
+
+impl Memory for Shared<'_> {
+    fn read(&mut self, at: u64, to: &mut [u8]) -> bool {
+        self.0.at(at, to.len()).is_some_and(|from| {
+            to.copy_from_slice(from);
+            true
+        })
+    }
+    fn write(&mut self, at: u64, from: &[u8]) -> bool {
+        self.0.at(at, from.len()).is_some_and(|to| {
+            to.copy_from_slice(from);
+            true
+        })
+    }
+}
+
+struct Controller(Model);
+
+impl Device for Controller {
+    fn read(&mut self, _: &mut DmaMemory, offset: usize, _: Width) -> u64 {
+        self.0.read(offset).into()
+    }
+    fn write(&mut self, dma: &mut DmaMemory, offset: usize, _: Width, value: u64) {
+        self.0.write(&mut Shared(dma), offset, value as u32);
+    }
+    fn tick(&mut self, dma: &mut DmaMemory) {
+        self.0.tick(&mut Shared(dma));
+    }
+    fn interrupt(&mut self) -> bool {
+        self.0.interrupt()
+    }
+    fn pci(&mut self) -> Option<&mut [u8]> {
+        Some(self.0.pci())
+    }
+    fn pci_write(&mut self, offset: usize, bytes: &[u8]) {
+        self.0.pci_write(offset, bytes);
+    }
+}
+
+/// Takes requests back: a buffer is as long as it was.
+struct Back;
+
+impl Complete for Back {
+    fn complete(&self, request: Request, _: Result<(), BlockError>) {
+        assert!(request.buffers.iter().all(|buffer| buffer.len() == 4096));
+    }
+}
+
+fn use_disk(disk: &dyn BlockDevice, round: usize) {
+    let (op, buffers) = match round % 3 {
+        0 => (Op::Flush, Vec::new()),
+        1 => (Op::Read, vec![vec![0; 4096].into()]),
+        _ => (Op::Write, vec![vec![round as u8; 4096].into()]),
+    };
+    let sector = round as u64 % 8 * 8;
+    let _ = disk.submit_and_poll(Request { op, sector, buffers, done: Arc::new(Back), tag: 0 });
+    disk.poll();
+}
+
+/// One execution.
+pub fn run(data: &[u8]) {
+    let host = FuzzHost::fresh();
+    let mut model = Model::new(REGISTERS as u32, Lies::new(data));
+    model.plug(0, StorageModel::new(vec![0; DISK_BYTES]).0);
+    model.plug(1, HidModel::new(KEYBOARD, 1).0);
+    host.set_device(Controller(model));
+    let kernel = Kernel::new(host, Config::default());
+    let mut stacks = Vec::new();
+    let mut found = |controller, signal| {
+        stacks.extend(UsbStack::attach(&kernel, controller, signal, 1, Options::default()));
+    };
+    anykernel_xhci::probe(&kernel, &mut found).expect("the host has every contract");
+    for round in 0..ROUNDS {
+        watch::step();
+        for stack in &stacks {
+            stack.poll();
+            stack.next_poll_ns();
+        }
+        kernel.block_devices().iter().for_each(|disk| use_disk(&**disk, round));
+        host.tick();
+        host.advance(ROUND_NS);
+    }
+    kernel.stop();
+    host.run_rest();
+    kernel.shutdown();
+}
