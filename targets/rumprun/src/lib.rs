@@ -44,6 +44,11 @@ pub use host::Machine;
 #[global_allocator]
 static HEAP: memory::heap::Heap = memory::heap::Heap;
 
+/// Memory that nobody has: whole page frames, in bytes. What the heap keeps for later counts as taken. Context: thread.
+pub fn free_bytes() -> u64 {
+    memory::frames::free_count() * hypercall::PAGE_SIZE as u64
+}
+
 /// Makes the binary an image that runs an application, given as `fn<H: Host>(&Arc<Kernel<H>>) -> ExitStatus`.
 #[macro_export]
 macro_rules! image {

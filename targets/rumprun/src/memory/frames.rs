@@ -116,6 +116,11 @@ pub(crate) unsafe fn give(start: u64, end: u64) {
     BUDDY.lock().free_run(start / PAGE_SIZE as u64, (end - start) / PAGE_SIZE as u64);
 }
 
+/// How many frames are free.
+pub(crate) fn free_count() -> u64 {
+    BUDDY.lock().free
+}
+
 /// Takes `count` contiguous frames and returns their physical address. Their content is arbitrary.
 pub(crate) fn allocate(count: usize) -> Result<u64> {
     allocate_aligned(count, 1)
