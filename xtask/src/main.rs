@@ -81,7 +81,7 @@ fn main() -> ExitCode {
         Task::Image { output } => images::documentation(&output),
         Task::Bench { name, json, plot } => bench(&name, json, plot.as_deref()),
         Task::Module { kernel, output } => module::run_build(kernel.as_deref(), output.as_deref()),
-        Task::Matrix { json, target } => matrix::run(json, target.as_deref()),
+        Task::Matrix { json, target } => matrix::run(json, target.as_deref(), false),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
