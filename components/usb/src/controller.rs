@@ -54,6 +54,8 @@ pub struct PortStatus {
     pub super_speed: bool,
     /// A USB 3 port whose link is stuck (xHCI: Inactive or Compliance Mode): a warm reset helps.
     pub needs_warm_reset: bool,
+    /// The link sleeps (U3), or its device is waking it (Resume). The stack puts none to sleep; a firmware may have.
+    pub suspended: bool,
     /// Speed of the device. `None` while that is not known: always known once `enabled`.
     pub speed: Option<Speed>,
     /// `connected` changed (perhaps twice) since [`PortAction::ClearChanges`].
@@ -73,6 +75,10 @@ pub enum PortAction {
     WarmReset,
     /// Disables the port until it is reset or something is plugged in anew.
     Disable,
+    /// Begins to wake a link that sleeps; [`PortAction::Resumed`] is to follow 20 ms later (USB 2.0, 7.1.7.7).
+    Resume,
+    /// The link is awake from now on.
+    Resumed,
     /// Forgets what changed so far.
     ClearChanges,
 }

@@ -36,6 +36,9 @@ const RESET_STEP_MS: u64 = 10;
 /// Rest after a reset (TRSTRCY) and after SET_ADDRESS (9.2.6.3).
 const RECOVERY_MS: u64 = 10;
 const ADDRESS_MS: u64 = 2;
+/// How long a link is woken (TDRSMDN), and how long its device then needs (TRSMRCY; USB 2.0, 7.1.7.7).
+const RESUME_MS: u64 = 20;
+const RESUME_RECOVERY_MS: u64 = 10;
 /// Least time between two reports of a hub.
 const HUB_REST_MS: u64 = 5;
 /// Reports of a hub that may fail in a row.
@@ -104,7 +107,9 @@ impl<H: Host> Clone for Ports<H> {
 
 mod feature {
     pub(super) const ENABLE: u16 = 1;
+    pub(super) const SUSPEND: u16 = 2;
     pub(super) const RESET: u16 = 4;
+    pub(super) const LINK_STATE: u16 = 5;
     pub(super) const POWER: u16 = 8;
     pub(super) const C_CONNECTION: u16 = 16;
     pub(super) const C_ENABLE: u16 = 17;
@@ -135,7 +140,10 @@ pub fn hub_port_status(bytes: [u8; 4], super_speed: bool) -> PortStatus {
         (has(status, 8), speed, false)
     };
     let enabled = has(status, 1);
+    // Link state 3: U3. USB 2 has a bit for it.
+    let suspended = if super_speed { status >> 5 & 15 == 3 } else { has(status, 2) };
     PortStatus {
+        suspended,
         connected: has(status, 0),
         enabled,
         resetting: has(status, 4),
@@ -178,6 +186,10 @@ impl<H: Host> Ports<H> {
             PortAction::Reset | PortAction::WarmReset => set(feature::RESET),
             // A port of a USB 3 hub is not disabled by a feature; its device is let go and left alone.
             PortAction::Disable if hub.super_speed => return Ok(()),
+            // Link state U0; the hub does the rest by itself.
+            PortAction::Resume if hub.super_speed => set(feature::LINK_STATE),
+            PortAction::Resume => clear(feature::SUSPEND),
+            PortAction::Resumed => return Ok(()),
             PortAction::Disable => clear(feature::ENABLE),
             PortAction::ClearChanges => return hub.clear_changes(port).await,
         };
@@ -359,6 +371,9 @@ impl<H: Host> Port<H> {
                 self.give_up(attached.take()).await;
                 given_up = true;
             }
+            if attached.is_some() && status.suspended {
+                self.wake().await;
+            }
             if !status.connected || status.connect_changed {
                 given_up = false;
                 self.shared.forget(self.path);
@@ -403,6 +418,15 @@ impl<H: Host> Port<H> {
             self.detach(one).await;
         }
         self.shared.forget(self.path);
+    }
+
+    /// Wakes a link that sleeps: its device asked for that, or something put it to sleep that was not us.
+    async fn wake(&self) {
+        let _ = self.ports.action(self.number, PortAction::Resume).await;
+        self.engine().sleep_ms(RESUME_MS).await;
+        let _ = self.ports.action(self.number, PortAction::Resumed).await;
+        self.engine().sleep_ms(RESUME_RECOVERY_MS).await;
+        log::debug!("usb {}: woken", self.path);
     }
 
     /// Waits for a change (`false`) or until a driver wants its device reset (`true`).

@@ -418,7 +418,7 @@ impl HostController for ModelController {
         let cell = self.bus.port(port.0);
         let mut cell = cell.lock().unwrap();
         match action {
-            PortAction::PowerOn => {}
+            PortAction::PowerOn | PortAction::Resume | PortAction::Resumed => {}
             PortAction::Reset | PortAction::WarmReset => cell.reset(now_ns),
             PortAction::Disable => cell.enabled = false,
             PortAction::ClearChanges => (cell.connect_changed, cell.reset_changed) = (false, false),

@@ -7,7 +7,7 @@
 use crate::context::{self, CONTROL, EndpointContext, SlotContext};
 use crate::dma::{DmaMemory, Lent, Quiet};
 use crate::endpoint::{Endpoint, Found, InFlight};
-use crate::regs::{Command as Usbcmd, Port, Registers, STUCK_LINKS, Status as Usbsts, interrupter, op};
+use crate::regs::{Command as Usbcmd, Port, Registers, STUCK_LINKS, Status as Usbsts, interrupter, link, op};
 use crate::ring::{Commands, Events};
 use crate::slot::{Job, Op, Purpose, Slot as Device};
 use crate::trb::{Trb, bit, code, kind};
@@ -868,6 +868,7 @@ impl<H: DeviceHost> HostController for Xhci<H> {
             over_current: state.contains(Port::OVER_CURRENT),
             super_speed,
             needs_warm_reset: super_speed && STUCK_LINKS.contains(&state.link()),
+            suspended: enabled && [link::U3, link::RESUME].contains(&state.link()),
             speed,
             connect_changed: state.contains(Port::CONNECT_CHANGE),
             reset_changed: state.intersects(Port::RESET_CHANGE | Port::WARM_RESET_CHANGE),
@@ -892,6 +893,9 @@ impl<H: DeviceHost> HostController for Xhci<H> {
                 PortAction::WarmReset if super_speed => Port::WARM_RESET,
                 PortAction::Reset | PortAction::WarmReset => Port::RESET,
                 PortAction::Disable => Port::ENABLED,
+                // A USB 3 link wakes by itself; USB 2's is driven for a while (4.15.2).
+                PortAction::Resume if !super_speed => Port::to_link(link::RESUME),
+                PortAction::Resume | PortAction::Resumed => Port::to_link(link::U0),
                 PortAction::ClearChanges => state & Port::CHANGES,
             };
         registers.write(at, value.bits());

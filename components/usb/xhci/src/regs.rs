@@ -57,6 +57,8 @@ bitflags::bitflags! {
         const RESET = 1 << 4;
         const POWER = 1 << 9;
         const INDICATOR = 3 << 14;
+        /// The link changes to the state that is written.
+        const LINK_STROBE = 1 << 16;
         const CONNECT_CHANGE = 1 << 17;
         const WARM_RESET_CHANGE = 1 << 19;
         const RESET_CHANGE = 1 << 21;
@@ -79,10 +81,22 @@ impl Port {
         self.bits() >> 5 & 0xf
     }
 
+    /// What to write so that the link changes to `state` (PLS with LWS).
+    pub(crate) fn to_link(state: u32) -> Self {
+        Self::from_bits_retain(state << 5) | Self::LINK_STROBE
+    }
+
     /// Protocol speed ID.
     pub(crate) fn speed(self) -> u32 {
         self.bits() >> 10 & 0xf
     }
+}
+
+/// States of a link (PLS).
+pub(crate) mod link {
+    pub(crate) const U0: u32 = 0;
+    pub(crate) const U3: u32 = 3;
+    pub(crate) const RESUME: u32 = 15;
 }
 
 /// PLS: Inactive and Compliance Mode, out of which only a warm reset leads.

@@ -41,7 +41,7 @@ impl Lies {
         this
     }
 
-    pub(super) fn over(&self) -> bool {
+    fn over(&self) -> bool {
         self.at >= self.bytes.len()
     }
 
@@ -202,7 +202,8 @@ impl Model {
                 }
             }
             _ => {
-                let at = self.lies.below(self.capabilities.len());
+                // Not where its registers are, which is looked at once.
+                let at = 1 + self.lies.below(self.capabilities.len() - 1);
                 self.capabilities[at] = self.lies.u32();
             }
         }

@@ -73,6 +73,7 @@ pub struct Model {
     events: [EventRing; INTERRUPTERS],
     slots: [Option<Slot>; SLOTS + 1],
     interrupt: bool,
+    link_states: Vec<u32>,
 }
 
 impl Model {
@@ -113,6 +114,7 @@ impl Model {
             events: [EventRing::default(); INTERRUPTERS],
             slots: [const { None }; SLOTS + 1],
             interrupt: false,
+            link_states: Vec::new(),
         }
     }
 
@@ -122,9 +124,9 @@ impl Model {
         self.connect(port);
     }
 
-    /// Whether it says nothing wrong any more.
-    pub fn is_honest(&self) -> bool {
-        self.lies.over()
+    /// Whether it says where its registers are. One that does not cannot be halted, so its driver leaves memory to it.
+    pub fn can_be_halted(&self) -> bool {
+        self.capabilities[0] & 0xff == OPERATIONAL as u32
     }
 
     /// Whether it wants to interrupt, since the last time.
@@ -149,6 +151,17 @@ impl Model {
         {
             place.copy_from_slice(bytes);
         }
+    }
+
+    /// Puts the link of a port into a state (PORTSC's PLS), as its device or the firmware does.
+    pub fn set_link(&mut self, memory: &mut dyn Memory, port: usize, state: u32) {
+        self.ports[port] = self.ports[port] & !(15 << 5) | state << 5 | 1 << 22;
+        self.port_event(memory, port);
+    }
+
+    /// The states that the driver had links change to.
+    pub fn link_states(&self) -> &[u32] {
+        &self.link_states
     }
 
     fn connect(&mut self, port: usize) {
@@ -317,6 +330,10 @@ impl Model {
         state &= !(written & Port::CHANGES);
         if written.contains(Port::ENABLED) {
             state &= !Port::ENABLED;
+        }
+        if written.contains(Port::LINK_STROBE) {
+            self.link_states.push(written.link());
+            state = Port::from_bits_retain(state.bits() & !(15 << 5) | written.link() << 5);
         }
         let reset = written.intersects(Port::RESET | Port::WARM_RESET);
         if reset && let Some(device) = &mut self.devices[port] {
