@@ -9,11 +9,13 @@ extern crate alloc;
 #[cfg(any(test, feature = "testing"))]
 extern crate std;
 
+mod asking;
 mod class;
 pub mod controller;
 pub mod descriptor;
 mod device;
 mod engine;
+mod hub;
 mod platform;
 mod port;
 pub mod quirks;
@@ -28,7 +30,7 @@ pub mod usbmon;
 
 pub use class::{hid, net, storage};
 pub use engine::Failure;
+pub use hub::hub_port_status;
 pub use platform::{Claim, PLATFORM_MANIFEST, PlatformStack};
-pub use port::hub_port_status;
 pub use stack::{MANIFEST, Options, UsbStack};
 pub use tree::{DriverNote, Listed, Node, NodeDevice, NodeState};

@@ -1,11 +1,11 @@
 //! Devices of a platform that owns the host controller ([`hypercall::HostUsb`]): enumeration is done, transfers go to the
 //! host, and what blocks there runs on a thread of its own.
 
+use crate::asking::Asking;
 use crate::controller::*;
 use crate::descriptor::{Configuration, DescriptorError, DeviceDescriptor};
 use crate::device::{Device, Identity, Platform};
 use crate::engine::{Engine, Failure};
-use crate::port::Asking;
 use crate::quirks::Quirks;
 use crate::stack::{Busy, MANIFEST, Options, Shared, UsbStack};
 use crate::tree::{NodeDevice, NodeState};

@@ -3,8 +3,9 @@
 use crate::controller::{HostController, Slot, Translator};
 use crate::device::Device;
 use crate::engine::{Engine, Turn};
+use crate::hub::Ports;
 use crate::platform::Claim;
-use crate::port::{self, Ports};
+use crate::port;
 use crate::quirks::{self, QuirkEntry, Quirks};
 use crate::tree::{DriverNote, Listed, Node, NodeDevice, NodeState};
 use crate::usbmon::{Capture, Tap};
