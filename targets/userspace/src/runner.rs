@@ -103,7 +103,12 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
             LEAST_MEMORY >> 20
         )));
     }
-    if spec.usb_pcap.is_some() && spec.usb.is_empty() && spec.config.usb.is_empty() && !usb_disk && app != "usb" {
+    if spec.usb_pcap.is_some()
+        && spec.usb.is_empty()
+        && spec.config.usb.is_empty()
+        && !usb_disk
+        && app != "usb"
+    {
         return Err(Failure::usage(
             "--usb-pcap records USB, and nothing here uses it: add --usb disk:FILE, for example",
         ));
