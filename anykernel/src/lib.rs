@@ -15,6 +15,7 @@ pub mod block;
 pub mod calendar;
 pub mod config;
 pub mod counter;
+pub mod driver;
 pub mod fs;
 pub mod input;
 mod kernel;

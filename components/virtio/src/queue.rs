@@ -8,13 +8,14 @@
 //! impossible breaks its queue for good; nothing more is read from it.
 #![expect(unsafe_code, reason = "decides when the device is done with memory")]
 
-use crate::dma::{Chain, DmaMemory, Lent};
+use crate::dma::{Chain, Lent, not_lent};
 use crate::error::{Error, Fault, Result};
 use crate::spec::ring;
 use alloc::vec::Vec;
+use anykernel::driver::{DmaMemory, Quiet};
 use core::mem::ManuallyDrop;
 use core::sync::atomic::AtomicBool;
-use core::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::fence;
 use hypercall::Dma;
 
@@ -23,16 +24,6 @@ use hypercall::Dma;
 /// All three count modulo 2^16, so all arithmetic wraps.
 pub(crate) const fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
-/// Proof that a device was reset and touches no memory any more. Made by the transport only.
-pub(crate) struct Quiet(());
-
-impl Quiet {
-    /// To be called when the device's status reads 0 after a reset (2.4.1: no more access to rings and buffers).
-    pub(crate) fn after_reset() -> Self {
-        Self(())
-    }
 }
 
 /// How often silence is renewed, in used entries: a power of two, and less than 2^16 by the largest queue.
@@ -224,10 +215,10 @@ impl<H: Dma, T> Queue<H, T> {
     }
 
     fn write_descriptor(&self, offset: usize, segment: Segment16) {
-        self.memory.u64_at(offset).store(segment.addr.to_le(), Relaxed);
-        self.memory.u32_at(offset + 8).store(segment.len.to_le(), Relaxed);
-        self.memory.u16_at(offset + 12).store(segment.flags.to_le(), Relaxed);
-        self.memory.u16_at(offset + 14).store(segment.next.to_le(), Relaxed);
+        self.memory.write64(offset, segment.addr);
+        self.memory.write32(offset + 8, segment.len);
+        self.memory.write16(offset + 12, segment.flags);
+        self.memory.write16(offset + 14, segment.next);
     }
 
     /// Queues `chain`. The device sees it after the next [`Queue::publish`].
@@ -290,7 +281,7 @@ impl<H: Dma, T> Queue<H, T> {
         self.free_count -= descriptors;
         self.in_flight += 1;
         let slot = self.layout.avail + 4 + 2 * usize::from(self.avail & self.mask);
-        self.memory.u16_at(slot).store(head.to_le(), Relaxed);
+        self.memory.write16(slot, head);
         if let Some(entry) = self.heads.get_mut(usize::from(head)) {
             let (lent, avail) = (chain.lend(), self.avail);
             *entry = Some(InFlight { lent, token, descriptors, last, avail, writable });
@@ -313,7 +304,7 @@ impl<H: Dma, T> Queue<H, T> {
         let is_new = self.avail != self.published;
         if is_new {
             // Release: the descriptors and the ring entries are there before the index.
-            self.memory.u16_at(self.layout.avail + 2).store(self.avail.to_le(), Release);
+            self.memory.write16(self.layout.avail + 2, self.avail);
             // The device writes its wish, then reads our index; we write the index, then read its wish. Both need the
             // store done before the load, or both may miss the other (2.7.13.4.1).
             fence(SeqCst);
@@ -326,10 +317,10 @@ impl<H: Dma, T> Queue<H, T> {
             let rung = self.published.wrapping_sub(self.unrung);
             (0..looks).any(|_| {
                 let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.options.size);
-                need_event(u16::from_le(self.memory.device_u16(at)), self.published, rung)
+                need_event(self.memory.read16(at), self.published, rung)
             })
         } else {
-            let wish = || u16::from_le(self.memory.device_u16(self.layout.used)) & ring::USED_NO_NOTIFY == 0;
+            let wish = || self.memory.read16(self.layout.used) & ring::USED_NO_NOTIFY == 0;
             is_new && (0..LOOKS).any(|_| wish())
         };
         if needed {
@@ -355,7 +346,7 @@ impl<H: Dma, T> Queue<H, T> {
     fn try_pop(&mut self) -> Result<Option<Returned<H, T>>, Fault> {
         if self.used == self.used_seen {
             // Acquire: the entries and the buffers are read after the index.
-            let index = u16::from_le(self.memory.device_u16(self.layout.used + 2));
+            let index = self.memory.read16(self.layout.used + 2);
             if index == self.used {
                 return Ok(None);
             }
@@ -365,11 +356,11 @@ impl<H: Dma, T> Queue<H, T> {
             self.used_seen = index;
         }
         let at = self.layout.used + 4 + ring::USED_ELEM_BYTES * usize::from(self.used & self.mask);
-        let id = u32::from_le(self.memory.device_u32(at));
+        let id = self.memory.read32(at);
         if hypercall::planted!("ring-toctou") {
             self.check_and_read_again(at, id);
         }
-        let len = u32::from_le(self.memory.device_u32(at + 4));
+        let len = self.memory.read32(at + 4);
         let unpublished = self.avail.wrapping_sub(self.published);
         let entry = usize::try_from(id)
             .ok()
@@ -406,7 +397,7 @@ impl<H: Dma, T> Queue<H, T> {
     /// The planted bug: what was checked is read again, and used unchecked.
     fn check_and_read_again(&self, at: usize, id: u32) {
         if (id as usize) < self.heads.len() {
-            let again = u32::from_le(self.memory.device_u32(at));
+            let again = self.memory.read32(at);
             #[expect(clippy::indexing_slicing, reason = "planted")]
             let known = self.heads[again as usize].is_some();
             log::trace!("{again} is in flight: {known}");
@@ -415,11 +406,11 @@ impl<H: Dma, T> Queue<H, T> {
 
     fn used_event(&self, event: u16) {
         let at = self.layout.avail + 4 + 2 * usize::from(self.options.size);
-        self.memory.u16_at(at).store(event.to_le(), Relaxed);
+        self.memory.write16(at, event);
     }
 
     fn avail_flags(&self, flags: u16) {
-        self.memory.u16_at(self.layout.avail).store(flags.to_le(), Relaxed);
+        self.memory.write16(self.layout.avail, flags);
     }
 
     /// Asks the device for silence. It may still interrupt now and then.
@@ -450,7 +441,7 @@ impl<H: Dma, T> Queue<H, T> {
         fence(SeqCst);
         let skip = if self.options.event_idx { skip } else { 0 };
         (0..LOOKS).any(|_| {
-            let index = u16::from_le(self.memory.device_u16(self.layout.used + 2));
+            let index = self.memory.read16(self.layout.used + 2);
             index.wrapping_sub(self.used) > skip
         })
     }
@@ -458,18 +449,18 @@ impl<H: Dma, T> Queue<H, T> {
     /// How many returned chains wait to be popped.
     #[cfg(test)]
     pub(crate) fn pending_for_test(&self) -> u16 {
-        u16::from_le(self.memory.device_u16(self.layout.used + 2)).wrapping_sub(self.used)
+        self.memory.read16(self.layout.used + 2).wrapping_sub(self.used)
     }
 
     /// Ends the queue after the device was reset: every token in flight comes back with its chain.
-    pub(crate) fn dismantle(mut self, _proof: &Quiet, mut each: impl FnMut(T, Chain<H>)) {
+    pub(crate) fn dismantle(mut self, proof: &Quiet, mut each: impl FnMut(T, Chain<H>)) {
         for entry in self.heads.drain(..).flatten() {
             // SAFETY: the proof says that the device does not touch memory any more.
             each(entry.token, unsafe { entry.lent.reclaim() });
         }
         self.told.store(true, Relaxed);
-        // SAFETY: as above for the ring itself; `self` is not used afterwards, and its drop leaves alone what was told.
-        unsafe { ManuallyDrop::drop(&mut self.memory) };
+        // SAFETY: taken once: `self` is not used afterwards, and its drop leaves alone what was told.
+        unsafe { ManuallyDrop::take(&mut self.memory) }.free(proof);
     }
 
     /// Ends the queue of a device that cannot be reset: tokens come back, the memory stays lent for ever.
@@ -483,8 +474,8 @@ impl<H: Dma, T> Queue<H, T> {
 impl<H: Dma, T> Drop for Queue<H, T> {
     fn drop(&mut self) {
         if !*self.told.get_mut() {
-            // SAFETY: nobody was told where the memory is, `dismantle` has not run, and this is the end of `self`.
-            unsafe { ManuallyDrop::drop(&mut self.memory) };
+            // SAFETY: taken once: `dismantle` has not run, and this is the end of `self`.
+            unsafe { ManuallyDrop::take(&mut self.memory) }.free(&not_lent());
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Device and input contexts (xHCI 1.2, 6.2).
 
-use crate::dma::{DmaMemory, Quiet};
+use crate::dma::vouch;
 use alloc::vec::Vec;
+use anykernel::driver::{DmaMemory, Quiet};
 use anykernel_usb::controller::{EndpointKind, EndpointSpec, HubSpec, Place, Speed};
 use hypercall::{Dma, Result};
 
@@ -128,7 +129,7 @@ impl<H: Dma + Copy> Contexts<H> {
         match DmaMemory::new(host, (CONTEXTS + 1) * stride, 4096) {
             Ok(input) => Ok(Self { output, input, stride }),
             Err(error) => {
-                output.free(&Quiet::vouched());
+                output.free(&vouch());
                 Err(error)
             }
         }

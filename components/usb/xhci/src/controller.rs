@@ -15,7 +15,7 @@ mod transfers;
 pub(crate) use end::{halt, run, wait};
 
 use crate::context;
-use crate::dma::{DmaMemory, Quiet};
+use crate::dma::vouch;
 use crate::endpoint::InFlight;
 use crate::regs::{Port, Registers, STUCK_LINKS, interrupter, link, op};
 use crate::ring::{Commands, Events};
@@ -25,6 +25,7 @@ use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 use anykernel::counter::Counter;
+use anykernel::driver::{DmaMemory, Quiet};
 use anykernel_usb::controller::{
     Command, CommandTag, ControllerError, ControllerInfo, Event, HostController, Outcome, Place, PortAction,
     PortStatus, Refused, RootPort, Speed, Status, Token, Transfer,
@@ -299,7 +300,7 @@ impl<H: DeviceHost> HostController for Xhci<H> {
             }
             _ => {
                 if let Purpose::Configure { add, .. } = purpose {
-                    add.into_iter().for_each(|(_, endpoint)| endpoint.free(&Quiet::vouched()));
+                    add.into_iter().for_each(|(_, endpoint)| endpoint.free(&vouch()));
                 }
                 self.outbox.command(tag, Err(ControllerError::Invalid));
             }
@@ -341,7 +342,7 @@ impl<H: DeviceHost> HostController for Xhci<H> {
         let over = endpoint.drain(|one| one.token() == token);
         for transfer in over {
             let actual = transfer.actual;
-            self.outbox.finish(transfer, actual, Status::Cancelled, &Quiet::vouched());
+            self.outbox.finish(transfer, actual, Status::Cancelled, &vouch());
         }
     }
 

@@ -4,11 +4,11 @@
 //! carries its length and our number for it, however it was cut. Control transfers have a second one, of their status stage.
 
 use crate::context::EndpointContext;
-use crate::dma::{Lent, Quiet};
 use crate::ring::{Producer, Written};
 use crate::trb::{self, Trb, bit, kind};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use anykernel::driver::{MappedBuffer, Quiet};
 use anykernel_usb::controller::{EndpointKind, Token, Transfer};
 use hypercall::{Dma, Result};
 
@@ -20,7 +20,7 @@ const OTHER_BLOCKS: usize = 256;
 pub(crate) struct InFlight<H: Dma> {
     /// Without its buffers.
     transfer: Transfer,
-    buffers: Vec<Lent<H>>,
+    buffers: Vec<MappedBuffer<H>>,
     /// In all buffers.
     pub(crate) bytes: usize,
     /// Our number for it.
@@ -37,8 +37,8 @@ pub(crate) struct InFlight<H: Dma> {
 
 impl<H: Dma> InFlight<H> {
     /// A transfer whose buffers were mapped.
-    pub(crate) fn new(transfer: Transfer, buffers: Vec<Lent<H>>, number: u64) -> Self {
-        let bytes = buffers.iter().map(Lent::len).sum();
+    pub(crate) fn new(transfer: Transfer, buffers: Vec<MappedBuffer<H>>, number: u64) -> Self {
+        let bytes = buffers.iter().map(MappedBuffer::len).sum();
         Self { transfer, buffers, bytes, number, blocks: 0, written: None, actual: 0, cancelled: false }
     }
 
@@ -95,7 +95,7 @@ impl<H: Dma> InFlight<H> {
         let data = out.len();
         let mut left = self.bytes;
         for buffer in &self.buffers {
-            let (mut at, mut rest) = (buffer.device(), buffer.len());
+            let (mut at, mut rest) = (buffer.device_addr(), buffer.len());
             while rest > 0 {
                 let here = rest.min((trb::BOUNDARY - at % trb::BOUNDARY) as usize);
                 left -= here;

@@ -2,9 +2,9 @@
 //!
 //! Each is one segment. A cycle bit tells the blocks of this lap from those of the last.
 
-use crate::dma::{DmaMemory, Quiet};
 use crate::trb::{self, Trb, bit, kind};
 use alloc::vec::Vec;
+use anykernel::driver::{DmaMemory, Quiet};
 use hypercall::{Dma, Result};
 
 /// No segment may cross this boundary (6.1, table 6-1).
@@ -229,6 +229,7 @@ impl<H: Dma + Copy> Events<H> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dma::vouch;
     use hypercall::testing::TestHost;
 
     /// The controller's side of a transfer ring: reads as far as the cycle bit lets it.
@@ -299,7 +300,7 @@ mod tests {
         }
         assert_eq!(seen, written);
         assert!(written > 50_000);
-        ring.free(&Quiet::vouched());
+        ring.free(&vouch());
     }
 
     #[test]
@@ -310,7 +311,7 @@ mod tests {
         for wrong in [0, start - 16, start + 8, start + 32 * 16, u64::MAX] {
             assert_eq!(ring.index_of(wrong), None, "{wrong:#x}");
         }
-        ring.free(&Quiet::vouched());
+        ring.free(&vouch());
     }
 
     #[test]
@@ -330,6 +331,6 @@ mod tests {
         }
         assert!(taken >= 60, "{taken}");
         assert_eq!(commands.drain(), (0..taken).collect::<Vec<_>>());
-        commands.free(&Quiet::vouched());
+        commands.free(&vouch());
     }
 }

@@ -1,11 +1,12 @@
 //! A device as the controller holds it, and what is to be done with it, one job after another.
 
 use crate::context::{self, CONTROL, Contexts, EndpointContext, SlotContext};
-use crate::dma::Quiet;
+use crate::dma::vouch;
 use crate::endpoint::{Endpoint, InFlight};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use anykernel::driver::Quiet;
 use anykernel_usb::controller::{CommandTag, ControllerError, EndpointKind, HubSpec, Outcome};
 use hypercall::{Dma, Result};
 
@@ -84,7 +85,7 @@ impl<H: Dma + Copy> Slot<H> {
         let control = match Endpoint::new(host, EndpointKind::Control, max_packet, context.interrupter) {
             Ok(endpoint) => endpoint,
             Err(error) => {
-                contexts.free(&Quiet::vouched());
+                contexts.free(&vouch());
                 return Err(error);
             }
         };

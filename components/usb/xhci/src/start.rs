@@ -1,37 +1,26 @@
 //! From a PCI function to a running controller (xHCI 1.2, 4.2).
 
 use crate::controller::{self, DmaCommands, Interrupter, Interrupts, Parts, Xhci};
-use crate::dma::{DmaMemory, Quiet};
+use crate::dma::vouch;
 use crate::error::Error;
 use crate::regs::{Command, Registers, Status, cap, extended, interrupter, op};
 use crate::ring::Events;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::counter::Counter;
+use anykernel::driver::DmaMemory;
+use anykernel::driver::pci::{Base, Function};
 use anykernel_usb::controller::ControllerInfo;
 use hypercall::{CpuId, DeviceHost, IrqSource, PciAddress, PhysAddr, Signal, Width};
 
 type Result<T> = core::result::Result<T, Error>;
 
-const CONFIG_COMMAND: u16 = 0x04;
-const CONFIG_STATUS: u16 = 0x06;
 const CONFIG_CLASS: u16 = 0x08;
-const CONFIG_BAR0: u16 = 0x10;
-const CONFIG_CAPABILITIES: u16 = 0x34;
-const CONFIG_INTERRUPT_LINE: u16 = 0x3c;
-const CONFIG_INTERRUPT_PIN: u16 = 0x3d;
-const COMMAND_MEMORY: u32 = 1 << 1;
-const COMMAND_BUS_MASTER: u32 = 1 << 2;
-const COMMAND_INTX_DISABLE: u32 = 1 << 10;
-const STATUS_CAPABILITIES: u32 = 1 << 4;
-const CAPABILITY_MSIX: u32 = 0x11;
-/// The list lies in 256 bytes and each entry takes at least 4.
-const MAX_CAPABILITIES: usize = 48;
 /// Serial bus controller, USB, xHCI (PCI Code and ID Assignment 1.11, 1.13).
 const CLASS_XHCI: u32 = 0x0c_03_30;
 
 /// Registers that are mapped, at most.
-const MAX_REGISTERS: u64 = 1 << 20;
+const MAX_REGISTERS: u32 = 1 << 20;
 /// More extended capabilities than this are a circle.
 const MAX_EXTENDED: usize = 64;
 /// How long the firmware may take to let go (7.1.1 names none; it is a second elsewhere), and a reset.
@@ -62,8 +51,9 @@ pub(crate) fn open<H: DeviceHost>(
     signal: &Arc<Signal>,
     counters: Counters,
 ) -> Result<Xhci<H>> {
-    let function = Function::new(host, at)?;
-    let registers = function.map()?;
+    let function = Function::new(host, at);
+    function.enable().map_err(|error| Error::Host("enabling it", error))?;
+    let registers = map(host, function)?;
     let structural = registers.read(cap::STRUCTURAL_1);
     let length = registers.read(cap::LENGTH) & 0xff;
     if structural == u32::MAX {
@@ -103,7 +93,7 @@ pub(crate) fn open<H: DeviceHost>(
     operational.write64(op::COMMAND_RING, commands.start());
 
     let wanted = offered.min(MAX_INTERRUPTERS).min(1 + host.cpu_count());
-    let interrupts = function.attach(wanted, signal);
+    let interrupts = attach(host, function, wanted, signal);
     let count = match &interrupts {
         Interrupts::Msix(irqs) => irqs.len(),
         _ => 1,
@@ -172,7 +162,7 @@ impl<H: DeviceHost> Memory<H> {
             }
             Err(error) => {
                 // It was reset and does not run.
-                let quiet = Quiet::vouched();
+                let quiet = vouch();
                 self.blocks.drain(..).for_each(|block| block.free(&quiet));
                 Err(failed(error))
             }
@@ -247,109 +237,48 @@ fn take_over<H: DeviceHost>(host: H, registers: &Registers<H>, at: usize) {
     registers.write(at + 4, control & extended::SMI_KEPT | extended::SMI_CAUSES);
 }
 
-/// A PCI function.
-struct Function<H: DeviceHost> {
-    host: H,
-    at: PciAddress,
-}
-
-impl<H: DeviceHost> Function<H> {
-    /// Lets it use memory.
-    fn new(host: H, at: PciAddress) -> Result<Self> {
-        let this = Self { host, at };
-        let command = this.read(CONFIG_COMMAND, Width::U16)?;
-        let command = (command | COMMAND_MEMORY | COMMAND_BUS_MASTER) & !COMMAND_INTX_DISABLE;
-        this.write(CONFIG_COMMAND, Width::U16, command & 0xffff)?;
-        Ok(this)
-    }
-
-    fn read(&self, offset: u16, width: Width) -> Result<u32> {
-        let failed = |error| Error::Host("reading its PCI configuration", error);
-        self.host.pci_read(self.at, offset, width).map_err(failed)
-    }
-
-    fn write(&self, offset: u16, width: Width, value: u32) -> Result<()> {
-        let failed = |error| Error::Host("writing its PCI configuration", error);
-        self.host.pci_write(self.at, offset, width, value).map_err(failed)
-    }
-
-    /// Its registers are those of its first base address (5.2.1).
-    fn map(&self) -> Result<Registers<H>> {
-        let low = self.read(CONFIG_BAR0, Width::U32)?;
-        if low & 1 != 0 {
-            return Err(Error::BadDevice("its registers are not in memory"));
-        }
-        let wide = low >> 1 & 3 == 2;
-        let high = if wide { self.read(CONFIG_BAR0 + 4, Width::U32)? } else { 0 };
-        let base = u64::from(high) << 32 | u64::from(low & !0xf);
-        if base == 0 {
+/// Its registers are those of its first base address (5.2.1).
+fn map<H: DeviceHost>(host: H, function: Function<H>) -> Result<Registers<H>> {
+    let failed = |error| Error::Host("reading its PCI configuration", error);
+    let base = match function.base(0).map_err(failed)? {
+        Base::Memory(base) => base,
+        Base::Unassigned => {
             return Err(Error::Unsupported("its memory has no address: the firmware assigned none"));
         }
-        // How large the range is shows in the bits that stay zero; meanwhile it must not answer.
-        let command = self.read(CONFIG_COMMAND, Width::U16)? & 0xffff;
-        self.write(CONFIG_COMMAND, Width::U16, command & !(COMMAND_MEMORY | COMMAND_BUS_MASTER))?;
-        self.write(CONFIG_BAR0, Width::U32, u32::MAX)?;
-        let mask = self.read(CONFIG_BAR0, Width::U32)? & !0xf;
-        self.write(CONFIG_BAR0, Width::U32, low)?;
-        self.write(CONFIG_COMMAND, Width::U16, command)?;
-        let bytes = match mask {
-            0 => MAX_REGISTERS,
-            mask => u64::from(!mask) + 1,
-        };
-        if bytes < 0x1000 {
-            return Err(Error::BadDevice("its memory is too small for its registers"));
-        }
-        let region = self
-            .host
-            .mmio_map(PhysAddr(base), bytes.min(MAX_REGISTERS) as usize)
-            .map_err(|error| Error::Host("mapping its registers", error))?;
-        Ok(Registers::new(self.host, region))
+        Base::NoMemory => return Err(Error::BadDevice("its registers are not in memory")),
+    };
+    let len = function.base_len(0).map_err(failed)?.unwrap_or(MAX_REGISTERS).min(MAX_REGISTERS);
+    if len < 0x1000 {
+        return Err(Error::BadDevice("its memory is too small for its registers"));
     }
+    let region = host
+        .mmio_map(PhysAddr(base), len as usize)
+        .map_err(|error| Error::Host("mapping its registers", error))?;
+    Ok(Registers::new(host, region))
+}
 
-    fn msix_entries(&self) -> Result<u32> {
-        if self.read(CONFIG_STATUS, Width::U16)? & STATUS_CAPABILITIES == 0 {
-            return Ok(0);
+/// An interrupt for each interrupter, on the CPUs in turn: MSI-X, else the line, else none.
+fn attach<H: DeviceHost>(host: H, function: Function<H>, wanted: u32, signal: &Arc<Signal>) -> Interrupts {
+    let cpus = host.cpu_count().max(1);
+    let mut irqs = Vec::new();
+    for index in 0..wanted.min(u32::from(function.msix_entries().unwrap_or(0))) {
+        let source = IrqSource::Msix { function: function.address(), entry: index as u16 };
+        match host.irq_attach(source, CpuId(index % cpus), signal.clone()) {
+            Ok(irq) => irqs.push(irq),
+            Err(_) => break,
         }
-        let mut at = self.read(CONFIG_CAPABILITIES, Width::U8)? as u16 & !3;
-        for _ in 0..MAX_CAPABILITIES {
-            if at < 0x40 {
-                break;
-            }
-            let header = self.read(at, Width::U32)?;
-            if header & 0xff == CAPABILITY_MSIX {
-                return Ok((header >> 16 & 0x7ff) + 1);
-            }
-            at = (header >> 8) as u16 & 0xfc;
-        }
-        Ok(0)
     }
-
-    /// An interrupt for each interrupter, on the CPUs in turn: MSI-X, else the line, else none.
-    fn attach(&self, wanted: u32, signal: &Arc<Signal>) -> Interrupts {
-        let cpus = self.host.cpu_count().max(1);
-        let mut irqs = Vec::new();
-        for index in 0..wanted.min(self.msix_entries().unwrap_or(0)) {
-            let source = IrqSource::Msix { function: self.at, entry: index as u16 };
-            match self.host.irq_attach(source, CpuId(index % cpus), signal.clone()) {
-                Ok(irq) => irqs.push(irq),
-                Err(_) => break,
-            }
-        }
-        if !irqs.is_empty() {
-            return Interrupts::Msix(irqs);
-        }
-        let line = match self.read(CONFIG_INTERRUPT_PIN, Width::U8) {
-            Ok(1..) => self.read(CONFIG_INTERRUPT_LINE, Width::U8).ok(),
-            _ => None,
-        };
-        let attached =
-            line.and_then(|line| self.host.irq_attach(IrqSource::Line(line), CpuId(0), signal.clone()).ok());
-        match attached {
-            Some(irq) => Interrupts::Line(irq),
-            None => {
-                log::warn!("xhci {}: no interrupt; it is polled", self.at);
-                Interrupts::None
-            }
+    if !irqs.is_empty() {
+        return Interrupts::Msix(irqs);
+    }
+    let line = function.line().ok().flatten();
+    let attached =
+        line.and_then(|line| host.irq_attach(IrqSource::Line(line), CpuId(0), signal.clone()).ok());
+    match attached {
+        Some(irq) => Interrupts::Line(irq),
+        None => {
+            log::warn!("xhci {}: no interrupt; it is polled", function.address());
+            Interrupts::None
         }
     }
 }

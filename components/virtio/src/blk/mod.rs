@@ -7,7 +7,7 @@
 
 mod setup;
 
-use crate::dma::{Chain, DmaSlot, MappedBuffer};
+use crate::dma::{Chain, DmaSlot, Mapped};
 use crate::error::{Error, Fault, Result};
 use crate::queue::{AddError, Queue, Returned};
 use crate::spec::blk as spec;
@@ -227,7 +227,7 @@ impl<H: DeviceHost> Blk<H> {
         let _ = chain.slot().copy_out(spec::HEADER_BYTES, &mut status);
         let (header, data) = chain.into_parts();
         headers.push(header);
-        request.buffers.extend(data.into_iter().map(MappedBuffer::into_inner));
+        request.buffers.extend(data.into_iter().map(Mapped::into_inner));
         // Legacy devices are known to report wrong lengths (2.7.8.2).
         let short = request.op == Op::Read && !self.legacy && len <= bytes;
         let result = if status == [spec::S_OK] && !short { Ok(()) } else { Err(BlockError::Io) };
@@ -256,7 +256,7 @@ impl<H: DeviceHost> Blk<H> {
             match &quiet {
                 Some(proof) => queue.dismantle(proof, |Pending { mut request, .. }, chain| {
                     let (_, data) = chain.into_parts();
-                    request.buffers.extend(data.into_iter().map(MappedBuffer::into_inner));
+                    request.buffers.extend(data.into_iter().map(Mapped::into_inner));
                     requests.push(request);
                 }),
                 // The device may still write to the buffers: they are lost.
@@ -301,10 +301,10 @@ impl<H: DeviceHost> Blk<H> {
     }
 
     /// Maps the buffers of `request`, which has none meanwhile.
-    fn map(&self, request: &mut Request) -> Result<Vec<MappedBuffer<H>>, BlockError> {
+    fn map(&self, request: &mut Request) -> Result<Vec<Mapped<H>>, BlockError> {
         let direction =
             if request.op == Op::Read { DmaDirection::FromDevice } else { DmaDirection::ToDevice };
-        let mut mapped: Vec<MappedBuffer<H>> = Vec::new();
+        let mut mapped: Vec<Mapped<H>> = Vec::new();
         mapped.try_reserve_exact(request.buffers.len()).map_err(|_| BlockError::NoMemory)?;
         let mut failed = None;
         let mut left: Vec<Box<[u8]>> = Vec::new();
@@ -313,7 +313,7 @@ impl<H: DeviceHost> Blk<H> {
                 left.push(buffer);
                 continue;
             }
-            match MappedBuffer::new(self.host, buffer, direction) {
+            match Mapped::new(self.host, buffer, direction) {
                 Ok(buffer) => mapped.push(buffer),
                 Err((buffer, error)) => {
                     left.push(buffer);
@@ -327,7 +327,7 @@ impl<H: DeviceHost> Blk<H> {
         match failed {
             None => Ok(mapped),
             Some(error) => {
-                request.buffers.extend(mapped.into_iter().map(MappedBuffer::into_inner));
+                request.buffers.extend(mapped.into_iter().map(Mapped::into_inner));
                 request.buffers.append(&mut left);
                 Err(error)
             }
@@ -418,12 +418,8 @@ fn write_header<H: DeviceHost>(slot: &mut DmaSlot<H>, request: &Request, sector_
     }
 }
 
-fn reject<H: DeviceHost>(
-    mut request: Request,
-    data: Vec<MappedBuffer<H>>,
-    reason: Option<BlockError>,
-) -> Rejected {
-    request.buffers.extend(data.into_iter().map(MappedBuffer::into_inner));
+fn reject<H: DeviceHost>(mut request: Request, data: Vec<Mapped<H>>, reason: Option<BlockError>) -> Rejected {
+    request.buffers.extend(data.into_iter().map(Mapped::into_inner));
     Rejected { request, reason }
 }
 

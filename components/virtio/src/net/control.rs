@@ -2,9 +2,10 @@
 
 use crate::dma::{Chain, DmaSlot};
 use crate::error::{Error, Fault, Result};
-use crate::queue::{Queue, QueueOptions, Quiet};
+use crate::queue::{Queue, QueueOptions};
 use crate::spec::{feature, net as spec, pci};
 use crate::transport::{Doorbell, Transport};
+use anykernel::driver::Quiet;
 use hypercall::DeviceHost;
 
 const TIMEOUT_NS: u64 = 1_000_000_000;

@@ -6,12 +6,13 @@
 use super::{Agreed, Budget, Counters, ETHERNET_HEADER, MAX_FRAME, Net, header};
 use crate::dma::{Chain, DmaSlot};
 use crate::error::{Error, Fault, Result};
-use crate::queue::{Queue, QueueOptions, Quiet, Returned};
+use crate::queue::{Queue, QueueOptions, Returned};
 use crate::spec::{feature, net as spec};
 use crate::transport::{Acknowledger, Attached, Doorbell, Transport};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use anykernel::driver::Quiet;
 use anykernel::nic::{NicQueue, RxMeta, TxFull, TxMeta};
 use core::sync::atomic::Ordering;
 use hypercall::{DeviceHost, Signal};

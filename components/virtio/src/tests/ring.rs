@@ -1,7 +1,7 @@
 //! The queue alone, against rust-vmm's independent device side.
 
-use crate::dma::{Chain, DmaSlot};
-use crate::queue::{AddError, Queue, QueueOptions, Quiet, need_event};
+use crate::dma::{Chain, DmaSlot, after_reset};
+use crate::queue::{AddError, Queue, QueueOptions, need_event};
 use crate::testing::TestMachine;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
@@ -63,7 +63,7 @@ impl Pair {
     }
 
     fn end(self) {
-        self.driver.dismantle(&Quiet::after_reset(), |_, chain| drop(chain));
+        self.driver.dismantle(&after_reset(), |_, chain| drop(chain));
         drop(self.slots);
         assert_eq!(self.machine.arena().blocks_in_use(), 0);
     }
@@ -333,7 +333,7 @@ fn chains_that_never_fit_are_told_from_those_that_do_not_fit_now() {
     let slot = chain.into_parts().0;
     let (_, _, error) = queue.add(Chain::new(slot, 0, 0, Vec::new()), 1).err().unwrap();
     assert_eq!(error, AddError::Segments);
-    queue.dismantle(&Quiet::after_reset(), |_, chain| drop(chain));
+    queue.dismantle(&after_reset(), |_, chain| drop(chain));
     pair.end();
 }
 
@@ -365,7 +365,7 @@ proptest! {
             pair.driver.enable_interrupts(0);
             pair.driver.disable_interrupts();
         }
-        pair.driver.dismantle(&Quiet::after_reset(), |token, _| back.push(token));
+        pair.driver.dismantle(&after_reset(), |token, _| back.push(token));
         back.sort_unstable();
         prop_assert_eq!(back, (0..added).collect::<Vec<_>>());
         drop(pair.slots);
@@ -461,7 +461,7 @@ fn two_cpus_never_sleep_on_each_other() {
             }
             done.ring();
         });
-        driver.dismantle(&Quiet::after_reset(), |_, chain| drop(chain));
+        driver.dismantle(&after_reset(), |_, chain| drop(chain));
         drop(slots);
         assert_eq!(machine.arena().blocks_in_use(), 0);
     }

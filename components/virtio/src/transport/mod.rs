@@ -6,10 +6,12 @@ mod pci;
 pub(crate) use mmio::MmioTransport;
 pub(crate) use pci::{PciTransport, device_type as pci_device_type};
 
+use crate::dma::after_reset;
 use crate::error::{Error, Result};
-use crate::queue::{Queue, Quiet};
+use crate::queue::Queue;
 use crate::spec::{Status, feature};
 use alloc::sync::Arc;
+use anykernel::driver::Quiet;
 use core::fmt;
 use hypercall::{CpuId, DeviceHost, Irq, IrqId, IrqSource, Mmio, MmioRegion, Signal, Width};
 
@@ -153,7 +155,7 @@ impl<H: DeviceHost> Transport<H> {
         let deadline_ns = host.monotonic_ns().saturating_add(RESET_TIMEOUT_NS);
         for _ in 0..RESET_TRIES {
             if self.status().is_empty() {
-                return Some(Quiet::after_reset());
+                return Some(after_reset());
             }
             if host.monotonic_ns() >= deadline_ns {
                 break;

@@ -5,24 +5,11 @@ use crate::error::{Error, Result};
 use crate::queue::Queue;
 use crate::spec::{DEVICE_BLOCK, DEVICE_NET, pci as reg};
 use alloc::sync::Arc;
+use anykernel::driver::pci::{Base, Function};
 use hypercall::{CpuId, DeviceHost, IrqSource, PciAddress, PhysAddr, Signal, Width};
 
 const CONFIG_ID: u16 = 0x00;
-const CONFIG_COMMAND: u16 = 0x04;
-const CONFIG_STATUS: u16 = 0x06;
-const CONFIG_BAR0: u16 = 0x10;
-const CONFIG_CAPABILITIES: u16 = 0x34;
-const CONFIG_INTERRUPT_LINE: u16 = 0x3c;
-const CONFIG_INTERRUPT_PIN: u16 = 0x3d;
-
-const COMMAND_MEMORY: u32 = 1 << 1;
-const COMMAND_BUS_MASTER: u32 = 1 << 2;
-const COMMAND_INTX_DISABLE: u32 = 1 << 10;
-const STATUS_CAPABILITIES: u32 = 1 << 4;
 const CAPABILITY_VENDOR: u8 = 0x09;
-const CAPABILITY_MSIX: u8 = 0x11;
-/// The list lies in 256 bytes and each entry takes at least 4.
-const MAX_CAPABILITIES: usize = 48;
 /// No structure of a virtio device is larger; a device that claims more gets this much mapped.
 const MAX_STRUCTURE: u32 = 1 << 20;
 
@@ -64,78 +51,55 @@ pub(crate) fn device_type<H: DeviceHost>(host: H, at: PciAddress) -> Option<u32>
 impl<H: DeviceHost> PciTransport<H> {
     /// Sets a function up. Its type was found by [`device_type`].
     pub(crate) fn new(host: H, at: PciAddress) -> Result<Self> {
+        let function = Function::new(host, at);
         let failed = |error| Error::Host("reading its PCI configuration", error);
-        let read8 = |offset| host.pci_read(at, offset, Width::U8).map(|v| v as u8).map_err(failed);
-        let read32 = |offset| host.pci_read(at, offset, Width::U32).map_err(failed);
-
         let [mut common, mut notify, mut isr, mut device] = [None::<Structure>; 4];
         let mut notify_multiplier = 0;
-        let mut msix_entries = 0;
-        let status = host.pci_read(at, CONFIG_STATUS, Width::U16).map_err(failed)?;
-        let mut cap = if status & STATUS_CAPABILITIES != 0 { read8(CONFIG_CAPABILITIES)? & !3 } else { 0 };
-        for _ in 0..MAX_CAPABILITIES {
-            if cap < 0x40 {
-                break;
+        for (id, base) in function.capabilities().map_err(failed)? {
+            // The last 16 bytes of the list's page hold no whole capability.
+            if id != CAPABILITY_VENDOR || base > 0xf0 {
+                continue;
             }
-            let base = u16::from(cap);
-            match read8(base)? {
-                CAPABILITY_MSIX => {
-                    let control = host.pci_read(at, base + 2, Width::U16).map_err(failed)?;
-                    msix_entries = (control as u16 & 0x7ff) + 1;
+            let kind = function.read8(base + 3).map_err(failed)?;
+            let structure = Structure {
+                bar: function.read8(base + 4).map_err(failed)?,
+                offset: function.read32(base + 8).map_err(failed)?,
+                len: function.read32(base + 12).map_err(failed)?,
+            };
+            // The first of each kind that we can use is the device's preference (4.1.4.1).
+            let place = match kind {
+                reg::CAP_COMMON => Some(&mut common),
+                reg::CAP_NOTIFY => Some(&mut notify),
+                reg::CAP_ISR => Some(&mut isr),
+                reg::CAP_DEVICE => Some(&mut device),
+                _ => None,
+            };
+            if let Some(place) = place
+                && place.is_none()
+                && function.base(structure.bar).map_err(failed)? != Base::NoMemory
+            {
+                *place = Some(structure);
+                if kind == reg::CAP_NOTIFY && base <= 0xec {
+                    notify_multiplier = function.read32(base + 16).map_err(failed)?;
                 }
-                // The last 16 bytes of the list's page hold no whole capability.
-                CAPABILITY_VENDOR if base <= 0xf0 => {
-                    let kind = read8(base + 3)?;
-                    let structure = Structure {
-                        bar: read8(base + 4)?,
-                        offset: read32(base + 8)?,
-                        len: read32(base + 12)?,
-                    };
-                    // The first of each kind that we can use is the device's preference (4.1.4.1).
-                    let place = match kind {
-                        reg::CAP_COMMON => Some(&mut common),
-                        reg::CAP_NOTIFY => Some(&mut notify),
-                        reg::CAP_ISR => Some(&mut isr),
-                        reg::CAP_DEVICE => Some(&mut device),
-                        _ => None,
-                    };
-                    if let Some(place) = place
-                        && place.is_none()
-                        && structure.bar < 6
-                        && is_memory_bar(read32(bar_offset(structure.bar))?)
-                    {
-                        *place = Some(structure);
-                        if kind == reg::CAP_NOTIFY && base <= 0xec {
-                            notify_multiplier = read32(base + 16)?;
-                        }
-                    }
-                }
-                _ => {}
             }
-            cap = read8(base + 1)? & !3;
         }
 
         let missing = Error::Unsupported(
             "it has no modern virtio interface in memory: with QEMU, drop disable-modern=on",
         );
         let (common, notify, isr) = (common.ok_or(missing)?, notify.ok_or(missing)?, isr.ok_or(missing)?);
-        let command = host.pci_read(at, CONFIG_COMMAND, Width::U16).map_err(failed)?;
-        let command = (command | COMMAND_MEMORY | COMMAND_BUS_MASTER) & !COMMAND_INTX_DISABLE;
-        host.pci_write(at, CONFIG_COMMAND, Width::U16, command & 0xffff)
-            .map_err(|error| Error::Host("enabling it", error))?;
-        let line = match read8(CONFIG_INTERRUPT_PIN)? {
-            0 => u32::MAX,
-            _ => u32::from(read8(CONFIG_INTERRUPT_LINE)?),
-        };
+        function.enable().map_err(|error| Error::Host("enabling it", error))?;
+        let line = function.line().map_err(failed)?.unwrap_or(u32::MAX);
         Ok(Self {
             host,
             address: at,
-            common: map(host, at, common, reg::COMMON_BYTES)?,
-            notify: map(host, at, notify, 2)?,
+            common: map(host, function, common, reg::COMMON_BYTES)?,
+            notify: map(host, function, notify, 2)?,
             notify_multiplier,
-            isr: map(host, at, isr, 1)?,
-            device: device.map(|structure| map(host, at, structure, 1)).transpose()?,
-            msix_entries,
+            isr: map(host, function, isr, 1)?,
+            device: device.map(|structure| map(host, function, structure, 1)).transpose()?,
+            msix_entries: function.msix_entries().map_err(failed)?,
             mode: InterruptMode::Line(line),
         })
     }
@@ -267,33 +231,24 @@ impl<H: DeviceHost> PciTransport<H> {
     }
 }
 
-fn bar_offset(bar: u8) -> u16 {
-    CONFIG_BAR0 + 4 * u16::from(bar)
-}
-
-/// Memory, and of a width that exists.
-fn is_memory_bar(value: u32) -> bool {
-    value & 1 == 0 && matches!(value >> 1 & 3, 0 | 2)
-}
-
-fn map<H: DeviceHost>(host: H, at: PciAddress, structure: Structure, least: usize) -> Result<Registers<H>> {
+fn map<H: DeviceHost>(
+    host: H,
+    function: Function<H>,
+    structure: Structure,
+    least: usize,
+) -> Result<Registers<H>> {
     let failed = |error| Error::Host("reading its PCI configuration", error);
     let len = structure.len.min(MAX_STRUCTURE);
     if (len as usize) < least || structure.offset & 3 != 0 {
         return Err(Error::BadDevice("a capability describes a structure that is too small or misaligned"));
     }
-    let low = host.pci_read(at, bar_offset(structure.bar), Width::U32).map_err(failed)?;
-    let mut base = u64::from(low & !0xf);
-    if low >> 1 & 3 == 2 {
-        if structure.bar == 5 {
-            return Err(Error::BadDevice("a 64-bit address register is cut off"));
+    let base = match function.base(structure.bar).map_err(failed)? {
+        Base::Memory(base) => base,
+        Base::Unassigned => {
+            return Err(Error::Unsupported("its memory has no address: the firmware assigned none"));
         }
-        let high = host.pci_read(at, bar_offset(structure.bar + 1), Width::U32).map_err(failed)?;
-        base |= u64::from(high) << 32;
-    }
-    if base == 0 {
-        return Err(Error::Unsupported("its memory has no address: the firmware assigned none"));
-    }
+        Base::NoMemory => return Err(Error::BadDevice("a structure is not in memory any more")),
+    };
     let start = base
         .checked_add(u64::from(structure.offset))
         .ok_or(Error::BadDevice("a capability points beyond all memory"))?;

@@ -2,7 +2,7 @@
 
 use super::{Pending, Xhci};
 use crate::context::{self, CONTROL, SlotContext};
-use crate::dma::Quiet;
+use crate::dma::vouch;
 use crate::slot::{Job, Op, Purpose, Slot as Device};
 use crate::trb::{Trb, code, kind};
 use alloc::boxed::Box;
@@ -89,7 +89,7 @@ impl<H: DeviceHost> Xhci<H> {
     /// A command of a slot's first job is over.
     pub(super) fn op_ended(&mut self, number: u8, code: u32) {
         let Self { slots, outbox, parts, scratch, rung, .. } = self;
-        let quiet = Quiet::vouched();
+        let quiet = vouch();
         let Some(slot) = slots.get_mut(usize::from(number)).and_then(Option::as_deref_mut) else { return };
         let Device { endpoints, jobs, contexts, context, .. } = slot;
         let Some(job) = jobs.front_mut() else { return };

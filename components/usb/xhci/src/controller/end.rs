@@ -1,8 +1,9 @@
 //! Whether the controller still works, and its end: halted, with everything completed and freed.
 
 use super::{Interrupts, Parts, Pending, Xhci};
-use crate::dma::Quiet;
+use crate::dma::vouch;
 use crate::regs::{Command, Registers, Status as Usbsts, interrupter, op};
+use anykernel::driver::Quiet;
 use anykernel_usb::controller::{ControllerError, Event, Status};
 use hypercall::DeviceHost;
 
@@ -112,7 +113,7 @@ pub(crate) fn halt<H: DeviceHost>(host: H, operational: &Registers<H>) -> Option
         // One that is gone touches no memory either.
         status == u32::MAX || Usbsts::from_bits_truncate(status).contains(Usbsts::HALTED)
     };
-    wait(host, HALT_TIMEOUT_NS, || halted(operational.read(op::STATUS))).then(Quiet::vouched)
+    wait(host, HALT_TIMEOUT_NS, || halted(operational.read(op::STATUS))).then(vouch)
 }
 
 /// Waits until `done`, at most this long; says whether it is.

@@ -2,7 +2,7 @@
 
 use super::Xhci;
 use crate::context::CONTROL;
-use crate::dma::Quiet;
+use crate::dma::vouch;
 use crate::endpoint::Found;
 use crate::slot::{Job, Purpose};
 use crate::trb::{Trb, bit, code, kind};
@@ -47,7 +47,7 @@ impl<H: DeviceHost> Xhci<H> {
             (_, code::STOPPED_LENGTH_INVALID) => before,
             _ => before + here.saturating_sub(length),
         };
-        let quiet = Quiet::vouched();
+        let quiet = vouch();
         match code {
             _ if stopped => transfer.actual = moved.min(transfer.bytes),
             code::SUCCESS | code::SHORT_PACKET => {

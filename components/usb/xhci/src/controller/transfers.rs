@@ -2,10 +2,11 @@
 
 use super::Xhci;
 use crate::context::{self, CONTROL, EndpointContext};
-use crate::dma::{Lent, Quiet};
+use crate::dma::vouch;
 use crate::endpoint::{Endpoint, InFlight};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use anykernel::driver::MappedBuffer;
 use anykernel_usb::controller::{ControllerError, EndpointKind, EndpointSpec, Refused, Speed, Transfer};
 use hypercall::{DeviceHost, DmaDirection};
 
@@ -49,8 +50,8 @@ impl<H: DeviceHost> Xhci<H> {
             return refuse(transfer, ControllerError::Full);
         }
         let direction = if is_in { DmaDirection::FromDevice } else { DmaDirection::ToDevice };
-        let quiet = Quiet::vouched();
-        let mut lent: Vec<Lent<H>> = Vec::new();
+        let quiet = vouch();
+        let mut lent: Vec<MappedBuffer<H>> = Vec::new();
         let mut failed = lent.try_reserve_exact(transfer.data.len()).err().map(|_| ControllerError::NoMemory);
         let mut kept = Vec::new();
         for buffer in core::mem::take(&mut transfer.data) {
@@ -58,7 +59,7 @@ impl<H: DeviceHost> Xhci<H> {
                 kept.push(buffer);
                 continue;
             }
-            match Lent::new(host, buffer, direction) {
+            match MappedBuffer::new(host, buffer, direction) {
                 Ok(buffer) => lent.push(buffer),
                 Err((buffer, error)) => {
                     kept.push(buffer);
@@ -116,7 +117,7 @@ impl<H: DeviceHost> Xhci<H> {
         match failed {
             None => Ok(made),
             Some(error) => {
-                made.into_iter().for_each(|(_, endpoint)| endpoint.free(&Quiet::vouched()));
+                made.into_iter().for_each(|(_, endpoint)| endpoint.free(&vouch()));
                 Err(error)
             }
         }
