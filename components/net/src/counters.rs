@@ -44,6 +44,8 @@ counters! {
     resets_received = "net.tcp.resets_received",
     /// Connections whose segments routers may cut, because a router asked for shorter ones.
     fragmentable = "net.tcp.fragmentable",
+    /// Connections whose segments became shorter, because a router asked for it.
+    narrowed = "net.tcp.narrowed",
     /// Connections that waited for nothing and were made to go on.
     roused = "net.tcp.roused",
     /// SYN-ACKs sent again.

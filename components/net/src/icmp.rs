@@ -139,6 +139,7 @@ impl Shard {
         match kind {
             128 if direct => self.echo_reply(ip, 129),
             129 => self.pong(ip),
+            2 => self.too_long_in(ip),
             1 => {
                 let error = if code == 4 { NetError::Refused } else { NetError::Unreachable };
                 self.icmp_error_in(ip, error);
@@ -149,11 +150,12 @@ impl Shard {
     }
 
     fn too_long_in(&mut self, ip: &Ip<'_>) {
-        let Some(quoted) = ip.payload.get(8..).and_then(|data| Quoted::parse(data, true)) else {
+        let quoted = ip.payload.get(8..).and_then(|data| Quoted::parse(data, ip.src.is_ipv4()));
+        let (Some(quoted), Some(mtu)) = (quoted, be32(ip.payload, 4)) else {
             return self.io.counters.drop_malformed.increment();
         };
         if quoted.protocol == protocol::TCP {
-            self.flow_too_long(&quoted.tuple(), quoted.word);
+            self.flow_too_long(&quoted.tuple(), quoted.word, mtu);
         }
     }
 

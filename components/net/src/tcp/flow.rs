@@ -36,6 +36,8 @@ const ACK_DELAY: Duration = Duration::from_millis(10);
 const QUICK_ACKS: u8 = 16;
 /// More than was ever sent and not acknowledged.
 const MAX_FLIGHT: u32 = 1 << 24;
+/// Every link takes as much (RFC 8200, 5).
+const IPV6_LEAST_MTU: usize = 1280;
 /// Guards against an engine that wants to be polled at once for ever.
 pub(super) const MIN_WAIT_NS: u64 = 1_000_000;
 /// How often a connection is looked at that waits for something without a time.
@@ -390,16 +392,27 @@ impl Shard {
         self.service(key);
     }
 
-    /// A router dropped a segment because its next link is too narrow (RFC 1191). An engine cannot change its MTU, so from
-    /// now on routers may cut the segments of this connection, as they did before path MTU discovery.
-    pub(crate) fn flow_too_long(&mut self, tuple: &Tuple, seq: u32) {
+    /// A router dropped a segment because its next link takes `mtu` bytes only. Over IPv4 routers may from now on cut the
+    /// segments of this connection, as they did before path MTU discovery (RFC 1191). Over IPv6 none may, and segments
+    /// become shorter (RFC 8201); what was dropped is sent again when its time is over.
+    pub(crate) fn flow_too_long(&mut self, tuple: &Tuple, seq: u32, mtu: u32) {
         let hash = self.secret.tuple_hash((tuple.local, tuple.local_port), (tuple.remote, tuple.remote_port));
         let Some(Target::Flow(key)) = self.demux.get(hash, tuple) else { return };
         let Some(flow) = self.flows.get_mut(key) else { return };
         // Only what was sent lately: a stranger would have to guess the sequence number (RFC 5927, 7.2).
-        if flow.emitted.seq.wrapping_sub(seq) <= MAX_FLIGHT && !flow.way.may_fragment {
-            flow.way.may_fragment = true;
-            self.io.counters.fragmentable.increment();
+        if flow.emitted.seq.wrapping_sub(seq) > MAX_FLIGHT {
+            return;
+        }
+        if !flow.way.v6 {
+            if !core::mem::replace(&mut flow.way.may_fragment, true) {
+                self.io.counters.fragmentable.increment();
+            }
+        } else if let Some(engine) = &mut flow.engine {
+            let mtu = (mtu as usize).max(IPV6_LEAST_MTU);
+            if mtu < engine.mtu() {
+                engine.narrow(tuple.local, mtu, self.now_ns);
+                self.io.counters.narrowed.increment();
+            }
         }
     }
 

@@ -32,17 +32,10 @@ fn recv(world: &mut World, node: usize, id: UdpId) -> Option<Result<(Vec<u8>, So
     }
 }
 
-fn v6(last: u8) -> Spec {
-    Spec::new(Settings {
-        ipv4: Ipv4Setting::None,
-        ipv6: Ipv6Setting::Static(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, last.into()), 64),
-        ..Settings::default()
-    })
-}
-
 #[test]
 fn datagrams_of_all_sizes_in_both_versions() {
-    for (specs, base) in [([Spec::v4(1), Spec::v4(2)], "10.0.0.2"), ([v6(1), v6(2)], "[fd00::2]")] {
+    for (specs, base) in [([Spec::v4(1), Spec::v4(2)], "10.0.0.2"), ([Spec::v6(1), Spec::v6(2)], "[fd00::2]")]
+    {
         let mut world = World::new(&specs);
         world.pass(3 * SECOND);
         let any = if base.starts_with('[') { "[::]" } else { "0.0.0.0" };
@@ -141,7 +134,7 @@ fn echo() {
     assert_eq!(ping(&mut world, 0, "127.0.0.1"), Ok(0));
     assert_eq!(ping(&mut world, 0, "10.0.0.99"), Err(NetError::TimedOut));
     assert_eq!(ping(&mut world, 0, "8.8.8.8"), Err(NetError::Unreachable));
-    let mut world = World::new(&[v6(1), v6(2)]);
+    let mut world = World::new(&[Spec::v6(1), Spec::v6(2)]);
     world.pass(3 * SECOND);
     assert!(ping(&mut world, 0, "fd00::2").is_ok());
     assert!(ping(&mut world, 0, "fe80::ff:fe00:2").is_ok());
@@ -150,7 +143,7 @@ fn echo() {
 
 #[test]
 fn tcp_over_ipv6() {
-    let mut world = World::new(&[v6(1), v6(2)]);
+    let mut world = World::new(&[Spec::v6(1), Spec::v6(2)]);
     world.pass(3 * SECOND);
     let accept = world.listen(1, "[::]:80", 16);
     let client = world.connect(0, "[fd00::1]:50000", "[fd00::2]:80").unwrap();
@@ -166,7 +159,7 @@ fn tcp_over_ipv6() {
 
 #[test]
 fn two_hosts_with_one_address_notice() {
-    let mut world = World::new(&[v6(1), v6(1)]);
+    let mut world = World::new(&[Spec::v6(1), Spec::v6(1)]);
     world.pass(3 * SECOND);
     for node in &world.nodes {
         let interface = node.shards[0].routes.get(0).unwrap();
@@ -174,7 +167,7 @@ fn two_hosts_with_one_address_notice() {
         assert!(interface.v6[0].0.is_unicast_link_local());
     }
     // Somebody who comes later sees that the address is taken.
-    let mut world = World::new(&[v6(1), v6(2)]);
+    let mut world = World::new(&[Spec::v6(1), Spec::v6(2)]);
     world.pass(3 * SECOND);
     assert!(world.nodes.iter().all(|node| node.shards[0].is_configured()));
 }
@@ -308,9 +301,10 @@ fn dhcp_gives_keeps_and_takes_the_address() {
 /// Frames that a fuzzer would start from: one of each protocol.
 fn corpus() -> Vec<Vec<u8>> {
     let mut frames = Vec::new();
-    for (specs, any, to) in
-        [([Spec::v4(1), Spec::v4(2)], "0.0.0.0", "10.0.0.2"), ([v6(1), v6(2)], "[::]", "[fd00::2]")]
-    {
+    for (specs, any, to) in [
+        ([Spec::v4(1), Spec::v4(2)], "0.0.0.0", "10.0.0.2"),
+        ([Spec::v6(1), Spec::v6(2)], "[::]", "[fd00::2]"),
+    ] {
         let mut world = World::new(&specs);
         world.trace = Some(Vec::new());
         world.pass(3 * SECOND);
@@ -437,10 +431,10 @@ proptest! {
         dual in any::<bool>(),
     ) {
         let corpus = corpus_once();
-        let mut spec = if dual { v6(2) } else { Spec::v4(2) };
+        let mut spec = if dual { Spec::v6(2) } else { Spec::v4(2) };
         spec.shards = 2;
         spec.limits.receive_bytes = 4096;
-        let mut world = World::new(&[if dual { v6(1) } else { Spec::v4(1) }, spec]);
+        let mut world = World::new(&[if dual { Spec::v6(1) } else { Spec::v4(1) }, spec]);
         world.pass(3 * SECOND);
         let accept = world.listen(1, if dual { "[::]:80" } else { "0.0.0.0:80" }, 4);
         for (which, at, value, fix, cut) in mutations {

@@ -376,6 +376,45 @@ fn a_narrow_link_on_the_way_gets_fragments() {
     assert_eq!(world.nodes[1].counters.drop_checksum.get(), 0);
 }
 
+/// RFC 8201: what a router says of its next link is believed, down to what every link takes, if it quotes what was sent.
+#[test]
+fn a_narrow_link_over_ipv6_gets_shorter_segments() {
+    let mut world = World::new(&[Spec::v6(1), Spec::v6(2)]);
+    world.pass(3 * SECOND);
+    let (client, server) = world.pair_of("[fd00::1]:50000", "[fd00::2]:80");
+    let longest = |world: &mut World| {
+        world.trace = Some(std::vec::Vec::new());
+        world.transfer((0, client), (1, server), 50_000, 5 * SECOND);
+        world.trace.take().unwrap().into_iter().max_by_key(std::vec::Vec::len).unwrap()
+    };
+    let long = longest(&mut world);
+    assert_eq!(long.len(), 14 + 1500);
+    // Packet too big, from a router at fd00::9, quoting a segment; `change` changes the quoted sequence number.
+    let too_big = |mtu: u32, change: u8| {
+        let mut quote = long[14..14 + 60].to_vec();
+        quote[44] ^= change;
+        let mut error = [&[2, 0, 0, 0], &mtu.to_be_bytes()[..], &quote].concat();
+        let (from, to) = ("fd00::9".parse().unwrap(), "fd00::1".parse().unwrap());
+        crate::icmp::sum_icmp(&mut error, from, to);
+        let mut header = [0; 40];
+        crate::packet::write_ip_header(&mut header, from, to, 58, 64, error.len());
+        [&[2, 0, 0, 0, 0, 1], &[2, 0, 0, 0, 0, 9], &[0x86u8, 0xdd][..], &header, &error].concat()
+    };
+    for (mtu, change, expected, narrowed) in [
+        (1400, 0x80, 1500, 0),
+        (9000, 0, 1500, 0),
+        (1400, 0, 1400, 1),
+        (1450, 0, 1400, 1),
+        (40, 0, 1280, 2),
+        (0, 0, 1280, 2),
+    ] {
+        world.inject(0, &too_big(mtu, change));
+        assert_eq!(longest(&mut world).len(), 14 + expected, "{mtu} {change}");
+        assert_eq!(world.nodes[0].counters.narrowed.get(), narrowed, "{mtu} {change}");
+    }
+    assert_eq!(world.nodes[0].counters.drop_checksum.get() + world.nodes[0].counters.drop_malformed.get(), 0);
+}
+
 /// The window in a SYN is not scaled, and the buffer ends before four times what it says.
 #[test]
 fn data_beyond_the_window_of_the_handshake_is_dropped() {

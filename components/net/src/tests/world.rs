@@ -87,6 +87,14 @@ impl Spec {
         Self::new(settings)
     }
 
+    pub(crate) fn v6(last: u8) -> Self {
+        Self::new(Settings {
+            ipv4: Ipv4Setting::None,
+            ipv6: Ipv6Setting::Static([0xfd00, 0, 0, 0, 0, 0, 0, last.into()].into(), 64),
+            ..Settings::default()
+        })
+    }
+
     pub(crate) fn new(settings: Settings) -> Self {
         let limits = Limits {
             receive_bytes: 64 << 10,
@@ -358,8 +366,13 @@ impl World {
 
     /// A connection from node 0 to node 1, which listens at port 80.
     pub(crate) fn pair(&mut self) -> (FlowId, FlowId) {
-        let accept = self.listen(1, "0.0.0.0:80", 16);
-        let client = self.connect(0, "10.0.0.1:50000", "10.0.0.2:80").unwrap();
+        self.pair_of("10.0.0.1:50000", "10.0.0.2:80")
+    }
+
+    /// The same between these, the client's and the server's.
+    pub(crate) fn pair_of(&mut self, local: &str, remote: &str) -> (FlowId, FlowId) {
+        let accept = self.listen(1, remote, 16);
+        let client = self.connect(0, local, remote).unwrap();
         let mut server = None;
         assert!(self.run(10 * SECOND, |_| {
             server = server.or(accept.pop());
