@@ -35,6 +35,7 @@ const NONE: usize = 1;
 /// ```
 /// #[global_allocator]
 /// static HEAP: anykernel_userspace::Heap = anykernel_userspace::Heap::new();
+/// HEAP.keep_large_apart();
 /// ```
 pub struct Heap {
     /// First byte of the region, aligned to a slab; constant once it is known.
@@ -101,6 +102,22 @@ impl Heap {
             of: [Slab { free: 0, zeroed: 0 }; SLABS],
         };
         Self { base: AtomicUsize::new(UNASKED), slabs: Mutex::new(slabs) }
+    }
+
+    /// Has the system's heap take what is large from the kernel and give it back when it is freed, always: zeroed memory then
+    /// costs nothing until it is written, as most of a connection's buffers never is. Left alone, glibc stops doing so for
+    /// what is as large as the first piece that is freed (mallopt(3), `M_MMAP_THRESHOLD`).
+    pub fn keep_large_apart(&self) {
+        #[cfg(target_env = "gnu")]
+        {
+            use core::ffi::c_int;
+            const M_MMAP_THRESHOLD: c_int = -3;
+            unsafe extern "C" {
+                safe fn mallopt(parameter: c_int, value: c_int) -> c_int;
+            }
+            // If it is refused, memory is used less well, no more.
+            mallopt(M_MMAP_THRESHOLD, 128 << 10);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Slabs> {

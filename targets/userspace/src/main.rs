@@ -7,5 +7,6 @@ mod cli;
 static HEAP: anykernel_userspace::Heap = anykernel_userspace::Heap::new();
 
 fn main() -> std::process::ExitCode {
+    HEAP.keep_large_apart();
     cli::main()
 }

@@ -12,6 +12,7 @@ use smoltcp::phy::{self, Checksum, ChecksumCapabilities, DeviceCapabilities, Med
 use smoltcp::socket::tcp;
 use smoltcp::time::Instant;
 use smoltcp::wire::{HardwareAddress, IpCidr};
+use zerocopy::FromZeros;
 
 use super::table::Tuple;
 use crate::config::Limits;
@@ -119,12 +120,10 @@ fn instant(now_ns: u64) -> Instant {
     Instant::from_micros((now_ns / 1000) as i64)
 }
 
-/// A zeroed buffer, if there is memory.
+/// A zeroed buffer, if there is memory. It is asked for as zeroed, so that a host with virtual memory gives pages only
+/// when they are first written: most connections never fill their buffers.
 fn buffer(len: usize) -> Option<Vec<u8>> {
-    let mut buf = Vec::new();
-    buf.try_reserve_exact(len).ok()?;
-    buf.resize(len, 0);
-    Some(buf)
+    u8::new_vec_zeroed(len).ok()
 }
 
 /// One connection.
@@ -168,6 +167,16 @@ impl Engine {
     /// does: two engines with one seed that see the same packets send the same.
     pub(crate) fn restart(&mut self, local: IpAddr, seed: u64, path: Path, now_ns: u64) {
         self.socket_mut().abort();
+        self.begin(local, seed, path, now_ns);
+    }
+
+    /// Sends packets of at most `mtu` bytes from now on.
+    pub(crate) fn narrow(&mut self, local: IpAddr, mtu: usize, now_ns: u64) {
+        // An interface reads it once, and holds nothing of a connection that has begun.
+        self.begin(local, 0, Path { mtu, ..self.path }, now_ns);
+    }
+
+    fn begin(&mut self, local: IpAddr, seed: u64, path: Path, now_ns: u64) {
         let mut nowhere = Nowhere;
         let mut device = Device { path, packet: None, egress: &mut nowhere };
         let mut config = iface::Config::new(HardwareAddress::Ip);
