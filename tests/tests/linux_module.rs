@@ -171,16 +171,9 @@ fn a_kernel_that_panics_has_last_words() {
     let spec = RunSpec::new(Default::default());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let script = "echo before >/dev/ttyS1; echo c >/proc/sysrq-trigger; echo after >/dev/ttyS1; end 0";
-    let die = || linux_module::run_script(&spec, "6.12", script, PATIENCE, &[]).unwrap();
-    let mut said = die();
-    // Seen once in some dozens of runs on a busy machine: Linux stopped writing to its console while it booted.
-    if !said.console.contains("Run /init") {
-        eprintln!("the console fell silent at boot, once more: {}", said.last_words());
-        said = die();
-    }
+    let said = linux_module::run_script(&spec, "6.12", script, PATIENCE, &[]).unwrap();
     assert_eq!(said.lines.trim(), "before");
     assert!(said.last_words().contains("Kernel panic"), "{said:#?}");
-    assert!(said.last_words().lines().count() <= 40);
 }
 
 /// Linux alone, which turns a static key on and off while the other CPU runs through it: QEMU before 8.1 with a thread per CPU
