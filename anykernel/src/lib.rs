@@ -20,6 +20,7 @@ pub mod fs;
 pub mod input;
 mod kernel;
 pub mod manifest;
+mod nearest;
 pub mod nic;
 pub mod socket;
 pub mod sync;
@@ -28,3 +29,4 @@ pub mod timer;
 
 pub use kernel::{Kernel, StartError};
 pub use manifest::Manifest;
+pub use nearest::nearest;

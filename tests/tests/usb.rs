@@ -169,7 +169,7 @@ fn a_debian_guest_reads_and_writes_a_stick_through_libusb() {
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-M", "q35", "-smp", "2", "-m", "768"])
-        .args(Accelerator::Tcg.args_for_self_modifying())
+        .args(Accelerator::Tcg.args_for_self_modifying(2))
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"])
         .args(["-append", "console=ttyS0 quiet loglevel=1 panic=-1 oops=panic no_timer_check"])
         .arg("-kernel")

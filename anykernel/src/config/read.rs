@@ -2,10 +2,10 @@
 //! In an image it is as large as a derived reader, 60 KB with all it needs.
 
 use super::{Cache, Config, Interface, Mount, Tcp, UsbSelector};
+use crate::nearest::nearest;
 use alloc::borrow::ToOwned;
 use alloc::format;
 use alloc::string::String;
-use alloc::vec::Vec;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde_json::{Map, Value};
 
@@ -45,9 +45,12 @@ impl<'a> At<'a> {
         let Value::Object(map) = self.value else { return self.wrong_type("an object") };
         let object = Object { path: self.path, map };
         if let Some(key) = map.keys().find(|key| !known.contains(&key.as_str())) {
-            let nearest = known.iter().min_by_key(|name| distance(name, key)).unwrap_or(&"");
             let shown: String = key.chars().take(64).flat_map(char::escape_debug).collect();
-            return Err(format!("unknown key `{}`; did you mean `{nearest}`?", object.path_of(&shown)));
+            let unknown = object.path_of(&shown);
+            return Err(match nearest(key, known.iter().copied()) {
+                Some(nearest) => format!("unknown key `{unknown}`; did you mean `{nearest}`?"),
+                None => format!("unknown key `{unknown}`; there are `{}`", known.join("`, `")),
+            });
         }
         Ok(object)
     }
@@ -271,46 +274,4 @@ fn is_subnet<A: core::str::FromStr>(text: &str, longest: u8) -> bool {
         let digits = !prefix.is_empty() && prefix.bytes().all(|byte| byte.is_ascii_digit());
         address.parse::<A>().is_ok() && digits && prefix.parse::<u8>().is_ok_and(|prefix| prefix <= longest)
     })
-}
-
-/// How many letters must be inserted, removed or replaced to make one word from the other (Levenshtein's distance). Of
-/// words longer than 32 bytes only the beginning counts.
-fn distance(one: &str, other: &str) -> usize {
-    const MOST: usize = 32;
-    let (one, other) = (one.as_bytes(), other.as_bytes());
-    let one = one.get(..one.len().min(MOST)).unwrap_or(one);
-    let other = other.get(..other.len().min(MOST)).unwrap_or(other);
-    let mut row: Vec<usize> = (0..=other.len()).collect();
-    for (index, a) in (1..).zip(one) {
-        // What was in the row above, to the left; and what is to the left in this row.
-        let (mut diagonal, mut left) = (index - 1, index);
-        for (cell, b) in row.iter_mut().skip(1).zip(other) {
-            let best = (diagonal + usize::from(a != b)).min(*cell + 1).min(left + 1);
-            diagonal = core::mem::replace(cell, best);
-            left = best;
-        }
-        if let Some(first) = row.first_mut() {
-            *first = index;
-        }
-    }
-    row.last().copied().unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn distances() {
-        for (one, other, expected) in [
-            ("", "", 0),
-            ("ipv5", "ipv4", 1),
-            ("kitten", "sitting", 3),
-            ("", "abc", 3),
-            ("abc", "", 3),
-            ("dns", "sdn", 2),
-        ] {
-            assert_eq!(distance(one, other), expected, "{one} {other}");
-        }
-    }
 }

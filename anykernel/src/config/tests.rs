@@ -15,7 +15,7 @@ fn every_mistake_is_one_line_that_names_the_place() {
         (r#"{"hostnam":"a"}"#, "unknown key `hostnam`; did you mean `hostname`?"),
         (r#"{"interfaces":[{"ipv5":"none"}]}"#, "unknown key `interfaces[0].ipv5`; did you mean `ipv4`?"),
         (r#"{"tcp":{"recieve_bytes":1}}"#, "unknown key `tcp.recieve_bytes`; did you mean `receive_bytes`?"),
-        (r#"{"cache":{"size":1}}"#, "unknown key `cache.size`; did you mean `bytes`?"),
+        (r#"{"cache":{"size":1}}"#, "unknown key `cache.size`; there are `bytes`, `read_ahead_bytes`"),
         (
             r#"{"mounts":[{"source":"disk0","target":"/"},{"source":"disk1","target":"/b","readonly":true}]}"#,
             "unknown key `mounts[1].readonly`; did you mean `read_only`?",

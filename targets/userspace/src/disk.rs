@@ -73,7 +73,10 @@ impl HostDisk {
         let bytes = file.seek(SeekFrom::End(0)).map_err(|error| Failure::new(format!("{shown}: {error}")))?;
         let sectors = bytes / u64::from(sector_size);
         if sectors == 0 {
-            return Err(Failure::new(format!("{shown} is empty: give an image with a file system")));
+            return Err(Failure::new(match bytes {
+                0 => format!("{shown} is empty: give an image with a file system"),
+                _ => format!("{shown} is shorter than one sector: give an image with a file system"),
+            }));
         }
         Ok(Self { file, info: DiskInfo { sector_size, sectors, read_only: !writable } })
     }
@@ -208,6 +211,9 @@ mod tests {
         assert!(HostDisk::open(dir.path(), false).unwrap_err().line.contains("directory"));
         assert!(HostDisk::open(Path::new("/dev/null"), false).unwrap_err().line.contains("neither"));
         assert!(HostDisk::open(image(0).path(), false).unwrap_err().line.contains("empty"));
+        assert!(
+            HostDisk::open(image(511).path(), false).unwrap_err().line.contains("shorter than one sector")
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::{
     Builder, ConsoleSink, Failure, HostDisk, Instance, Link, NetSpec, PosixHost, RunSpec, UsbSpec, apps,
     interrupt, qemu, replay,
 };
-use anykernel::StartError;
+use anykernel::{StartError, nearest};
 use anykernel_usb::usbmon::Capture;
 use anykernel_usb::{Claim, Options};
 use hypercall::layers::recorded::ENTER_STOP;
@@ -42,6 +42,10 @@ pub const LEAST_MEMORY: u64 = 4 << 20;
 /// Runs `spec.config.app` on `target` to its end. Failures are lines for a person.
 pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
     check(target, spec)?;
+    let serves = spec.config.app.first().is_some_and(|app| app == "httpd");
+    if serves && spec.net == NetSpec::User && spec.publish.is_empty() && !spec.json && !spec.quiet {
+        eprintln!("anykernel: nothing leads to the guest: publish a port, as in --publish 8080:80");
+    }
     let status = match target {
         // Says more when it ends.
         Target::Userspace => {
@@ -77,7 +81,7 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
     let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
     let names = || apps::APPS.iter().map(|(name, _)| *name);
     if !names().any(|name| name == app) {
-        let hint = match apps::nearest(app, names()) {
+        let hint = match nearest(app, names()) {
             Some(name) => format!("did you mean {name}?"),
             None => format!("there are {}", names().collect::<Vec<_>>().join(", ")),
         };
@@ -87,6 +91,19 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
         return Err(Failure::usage(
             "--publish works with --net user only: elsewhere the guest has an address of its own",
         ));
+    }
+    if target != Target::Userspace {
+        qemu::check_installed()?;
+    }
+    for path in [&spec.trace, &spec.record, &spec.pcap, &spec.control].into_iter().flatten() {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+        if let Some(dir) = dir.filter(|dir| !dir.is_dir()) {
+            return Err(Failure::new(format!(
+                "{}: there is no directory {}: make it first",
+                path.display(),
+                dir.display()
+            )));
+        }
     }
     if spec.trace.is_some() && spec.record.is_some() {
         return Err(Failure::usage("--trace and --record do not go together: give one of them"));
@@ -145,7 +162,7 @@ fn check_device(name: &str, disks: usize) -> Result<(), Failure> {
     }
     let mut known: Vec<_> = (0..disks).map(|index| format!("disk{index}")).collect();
     known.push("tmpfs".into());
-    let hint = match apps::nearest(name, known.iter().map(String::as_str)) {
+    let hint = match nearest(name, known.iter().map(String::as_str)) {
         Some(nearest) if disk.is_none() => format!("did you mean {nearest}?"),
         _ if disks == 0 => "no disk is attached: add --disk FILE".into(),
         _ => format!("there are {}, and partitions as disk0p1", known.join(", ")),

@@ -39,7 +39,10 @@ impl Dir {
 fn help_teaches_by_examples() {
     anykernel().arg("--help").assert().success().stdout(predicate::str::contains("Examples:"));
     anykernel().assert().code(2);
-    for command in ["run", "demo", "ls", "tree", "stat", "cat", "cp", "manifest", "schema"] {
+    for command in [
+        "run", "demo", "replay", "top", "simulate", "ls", "tree", "stat", "cat", "cp", "usb", "fuzz",
+        "manifest", "schema",
+    ] {
         let contains = predicate::str::contains("Example")
             .and(predicate::str::contains("anykernel ").and(predicate::str::contains(command)));
         anykernel().args([command, "--help"]).assert().success().stdout(contains);
@@ -80,6 +83,27 @@ fn usage_errors_exit_with_2() {
         &["tmpsf", "did you mean tmpfs"],
     );
     fails_with(anykernel().args(["cp", "a", "b"]), 2, &["IMAGE:/path"]);
+    // An option that would have no effect.
+    fails_with(
+        anykernel().args(["run", "httpd", "--address", "10.0.0.1/8"]),
+        2,
+        &["--address", "--net tap:NAME"],
+    );
+    fails_with(
+        anykernel().args(["run", "httpd", "--pcap", "/nowhere/a.pcapng"]),
+        1,
+        &["there is no directory /nowhere"],
+    );
+}
+
+/// Before minutes go into building what it would boot.
+#[test]
+fn a_missing_qemu_is_said_at_once() {
+    for target in ["rumprun", "linux-module"] {
+        let mut command = anykernel();
+        command.env("PATH", "/nowhere").args(["run", "httpd", "--on", target]);
+        fails_with(&mut command, 1, &["qemu-system-x86_64 is not installed", "--on userspace"]);
+    }
 }
 
 #[test]
@@ -114,6 +138,8 @@ fn what_is_no_file_system_is_refused() {
     }
     let empty = dir.file("empty.img", b"");
     fails_with(anykernel().arg("ls").arg(empty), 1, &["empty"]);
+    let tiny = dir.file("tiny.img", b"hello");
+    fails_with(anykernel().arg("ls").arg(tiny), 1, &["shorter than one sector"]);
     fails_with(anykernel().arg("ls").arg(dir.0.path()), 1, &["a directory"]);
 }
 
@@ -241,7 +267,7 @@ fn manifests_and_the_schema_are_shown() {
                 .to_string()
         })
         .collect();
-    for name in ["net", "vfs", "hostblk", "hostlink"] {
+    for name in ["net", "vfs", "usb", "xhci", "virtio-blk", "virtio-net", "hostblk", "hostlink"] {
         assert!(names.iter().any(|known| known == name), "{name} is not among {names:?}");
     }
     anykernel().args(["manifest", "net"]).assert().success().stdout(predicate::str::contains("core 1."));

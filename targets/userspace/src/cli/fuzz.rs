@@ -1,10 +1,11 @@
 //! `anykernel fuzz`.
 
-use super::Outcome;
+use super::{Outcome, output_failure};
 use anykernel_userspace::fuzz::{self, Options, Sanitizer};
 use anykernel_userspace::{Failure, interrupt};
 use clap::Args;
 use hypercall::ExitStatus;
+use std::io::Write;
 use std::path::PathBuf;
 
 /// Look for bugs in a component, with inputs that coverage guides.
@@ -65,12 +66,14 @@ impl Fuzz {
             return Ok(if found { ExitStatus::Failure } else { ExitStatus::Success });
         }
         if self.list {
+            let mut out = std::io::stdout().lock();
             for (name, about) in fuzz::targets()? {
-                if self.json {
-                    println!("{}", serde_json::json!({"target": name, "about": about}));
+                let shown = if self.json {
+                    writeln!(out, "{}", serde_json::json!({"target": name, "about": about}))
                 } else {
-                    println!("{name:<12}{about}");
-                }
+                    writeln!(out, "{name:<16}{about}")
+                };
+                shown.map_err(output_failure)?;
             }
             return Ok(ExitStatus::Success);
         }

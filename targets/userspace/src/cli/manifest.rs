@@ -2,8 +2,9 @@
 
 use super::{Outcome, output_failure};
 use anykernel::config::SCHEMA;
+use anykernel::nearest;
 use anykernel_userspace::link::Wire;
-use anykernel_userspace::{ConsoleSink, Failure, HostDisk, Instance, Link, apps};
+use anykernel_userspace::{ConsoleSink, Failure, HostDisk, Instance, Link};
 use clap::Args;
 use hypercall::ExitStatus;
 use serde_json::json;
@@ -13,7 +14,7 @@ use std::io::Write;
 #[derive(Args)]
 #[command(after_help = "Examples:
   anykernel manifest            all components
-  anykernel manifest ext4       one
+  anykernel manifest net        one
   anykernel manifest --json     one JSON object a line")]
 pub(super) struct Manifest {
     /// The component; all of them without it
@@ -35,12 +36,20 @@ impl Manifest {
             .start()
             .map_err(|error| Failure::new(error.to_string()))?;
         let mut manifests = instance.kernel().manifests();
+        // Those that a process has no use for.
+        manifests.extend([
+            anykernel_virtio::BLK_MANIFEST,
+            anykernel_virtio::NET_MANIFEST,
+            anykernel_xhci::MANIFEST,
+            anykernel_usb::MANIFEST,
+            anykernel_usb::PLATFORM_MANIFEST,
+        ]);
         manifests.sort_by_key(|manifest| manifest.name);
         manifests.dedup_by_key(|manifest| manifest.name);
         if let Some(name) = &self.component {
             if !manifests.iter().any(|manifest| manifest.name == name) {
                 let names: Vec<_> = manifests.iter().map(|manifest| manifest.name).collect();
-                let hint = match apps::nearest(name, names.iter().copied()) {
+                let hint = match nearest(name, names.iter().copied()) {
                     Some(nearest) => format!("did you mean {nearest}?"),
                     None => format!("there are {}", names.join(", ")),
                 };

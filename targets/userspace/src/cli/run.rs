@@ -149,6 +149,11 @@ impl Run {
         }
         logger::init(&config.log);
         config.app = std::iter::once(self.app).chain(self.args).collect();
+        if self.address.is_some() && !matches!(self.net, NetSpec::Tap(_)) {
+            return Err(Failure::usage(
+                "--address and --gateway are for --net tap:NAME: the other networks decide",
+            ));
+        }
         if config.mounts.is_empty()
             && let Some(disk) = self.disks.first()
         {

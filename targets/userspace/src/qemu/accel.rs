@@ -33,14 +33,17 @@ impl Accelerator {
         }
     }
 
-    /// QEMU's arguments for a guest that rewrites its own code while other CPUs run it, as Linux does with its static keys.
+    /// QEMU's arguments for a guest of so many CPUs that rewrites its own code while others run it, as Linux does with its
+    /// static keys.
     ///
     /// QEMU before 8.1 reads the code that it translates without a lock, so a CPU can go on with a translation that is
     /// older than the code: it meets a breakpoint that Linux has taken away long ago, which is the end of that Linux. With
     /// one thread for all CPUs this cannot happen.
-    pub fn args_for_self_modifying(self) -> [&'static str; 4] {
+    pub fn args_for_self_modifying(self, cpus: u32) -> [&'static str; 4] {
         match self {
-            Accelerator::Tcg if !translates_safely() => ["-accel", "tcg,thread=single", "-cpu", "max"],
+            Accelerator::Tcg if cpus > 1 && !translates_safely() => {
+                ["-accel", "tcg,thread=single", "-cpu", "max"]
+            }
             other => other.args(),
         }
     }
@@ -50,7 +53,7 @@ impl Accelerator {
 fn translates_safely() -> bool {
     static SAFE: OnceLock<bool> = OnceLock::new();
     *SAFE.get_or_init(|| {
-        let output = Command::new("qemu-system-x86_64").arg("--version").output();
+        let output = Command::new(super::QEMU).arg("--version").output();
         let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
         text.ok().and_then(|text| version(&text)).is_some_and(|version| version >= (8, 1))
     })

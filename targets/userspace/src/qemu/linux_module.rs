@@ -75,11 +75,13 @@ pub struct Said {
 }
 
 impl Said {
-    /// The console's last lines, for whoever has to find out why a guest stopped.
+    /// The console's last 40 lines, for whoever has to find out why a guest stopped; if it panicked, those before the panic
+    /// and all that it said of it, which is as long as its stack was deep.
     pub fn last_words(&self) -> String {
         const LINES: usize = 40;
         let lines: Vec<&str> = self.console.lines().collect();
-        lines[lines.len().saturating_sub(LINES)..].join("\n")
+        let panic = lines.iter().position(|line| line.contains("Kernel panic")).unwrap_or(lines.len());
+        lines[panic.saturating_sub(LINES)..].join("\n")
     }
 }
 
@@ -156,7 +158,7 @@ fn boot(
     let status = Temporary::new(&store, "status", b"")?;
     let console = Temporary::new(&store, "console", b"")?;
     let mut machine = Machine::q35(super::machine::LINUX, spec, DEFAULT_MEMORY);
-    machine.self_modifying().powers_off().kernel(&kernel.image).arg("-initrd").arg(&initrd.0).args(args);
+    machine.self_modifying(spec.cpus).powers_off().kernel(&kernel.image).arg("-initrd").arg(&initrd.0).args(args);
     match script {
         Some((_, limit)) => machine.console(&console.0).limit(limit).args(["-append", LOUD]),
         None => machine.args(["-append", QUIET]),

@@ -2,7 +2,7 @@
 
 use super::process::{End, Process};
 use super::watch::Watch;
-use super::{Accelerator, DEBUG_EXIT_PORT, STOP, backlog, build, status_of};
+use super::{Accelerator, DEBUG_EXIT_PORT, QEMU, STOP, backlog, build, status_of};
 use crate::{Failure, NetSpec, RunSpec, UsbSpec};
 use hypercall::ExitStatus;
 use std::ffi::{OsStr, OsString};
@@ -73,9 +73,9 @@ impl Machine {
         Self::new(name, Bus::Pci, "q35", spec, default_memory)
     }
 
-    /// The guest rewrites its own code, as Linux does: see [`Accelerator::args_for_self_modifying`].
-    pub fn self_modifying(&mut self) -> &mut Self {
-        self.accelerator(Accelerator::detect().args_for_self_modifying())
+    /// The guest has so many CPUs and rewrites its own code, as Linux does: see [`Accelerator::args_for_self_modifying`].
+    pub fn self_modifying(&mut self, cpus: u32) -> &mut Self {
+        self.accelerator(Accelerator::detect().args_for_self_modifying(cpus))
     }
 
     /// The guest ends by turning the machine off. Of others that is a failure: QEMU cannot tell it from a reset.
@@ -199,7 +199,7 @@ impl Machine {
 
     /// The command that starts it. Its standard input and output are the guest's console, unless that is a file.
     pub fn command(&self) -> Command {
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(QEMU);
         command.args(["-M", self.kind]).args(&self.accelerator);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial"]);
         match &self.console {
@@ -220,13 +220,8 @@ impl Machine {
         let stdin = if self.console.is_some() { Stdio::null() } else { Stdio::piped() };
         command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         log::debug!("{command:?}");
-        let mut qemu = Process::start(command).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Failure::new(
-                "qemu-system-x86_64 is not installed: install it (Debian: apt-get install qemu-system-x86), or use \
-                 --on userspace",
-            ),
-            _ => Failure::new(format!("cannot start qemu-system-x86_64: {error}")),
-        })?;
+        let mut qemu =
+            Process::start(command).map_err(|error| Failure::new(format!("cannot start {QEMU}: {error}")))?;
         let bar = build::spinner(format!("booting {}", self.name));
         let (mut keyboard, stdout, stderr) = qemu.pipes();
         let (json, booting) = (spec.json, bar.clone());

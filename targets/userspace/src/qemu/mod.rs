@@ -35,10 +35,24 @@ pub use machine::Machine;
 pub(crate) use process::die_with_parent;
 pub use process::{End, Process};
 
+use crate::Failure;
 use hypercall::ExitStatus;
 
 /// I/O port of the isa-debug-exit device (4 bytes long).
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
+
+const QEMU: &str = "qemu-system-x86_64";
+
+/// Says so before anything is built for it, if QEMU is not there.
+pub(crate) fn check_installed() -> Result<(), Failure> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if std::env::split_paths(&path).any(|dir| dir.join(QEMU).is_file()) {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "{QEMU} is not installed: install it (Debian: apt-get install qemu-system-x86), or use --on userspace"
+    )))
+}
 
 /// What the host sends to the guest's console to ask it to end: end of text, which is what Ctrl-C is on a terminal. It is
 /// sent again until the guest has ended, because a guest that boots does not listen yet.
