@@ -46,7 +46,7 @@ fn boot(dir: &Path, files: DebianGuest, args: &[&str], mut asked: impl FnMut(&mu
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-M", "q35", "-smp", "2", "-m", "768"])
-        .args(Accelerator::Tcg.args_for_self_modifying())
+        .args(Accelerator::Tcg.args_for_self_modifying(2))
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"])
         .args(["-append", PARAMETERS])
         .arg("-kernel")

@@ -42,7 +42,7 @@ const IDLE: &str = "sleep 10\n";
 /// For both guests. Without an accelerator QEMU moves a string a byte at a time where the CPU says that this is fast; every
 /// Linux moves data so.
 fn accelerator() -> Vec<&'static str> {
-    let args = Accelerator::detect().args_for_self_modifying();
+    let args = Accelerator::detect().args_for_self_modifying(1);
     args.into_iter().map(|arg| if arg == "max" { "max,-erms,-fsrm" } else { arg }).collect()
 }
 

@@ -158,7 +158,13 @@ fn boot(
     let status = Temporary::new(&store, "status", b"")?;
     let console = Temporary::new(&store, "console", b"")?;
     let mut machine = Machine::q35(super::machine::LINUX, spec, DEFAULT_MEMORY);
-    machine.self_modifying(spec.cpus).powers_off().kernel(&kernel.image).arg("-initrd").arg(&initrd.0).args(args);
+    machine
+        .self_modifying(spec.cpus)
+        .powers_off()
+        .kernel(&kernel.image)
+        .arg("-initrd")
+        .arg(&initrd.0)
+        .args(args);
     match script {
         Some((_, limit)) => machine.console(&console.0).limit(limit).args(["-append", LOUD]),
         None => machine.args(["-append", QUIET]),
