@@ -95,7 +95,7 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
     if target != Target::Userspace {
         qemu::check_installed()?;
     }
-    for path in [&spec.trace, &spec.record, &spec.pcap, &spec.control].into_iter().flatten() {
+    for path in [&spec.trace, &spec.record, &spec.pcap, &spec.usb_pcap, &spec.control].into_iter().flatten() {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
         if let Some(dir) = dir.filter(|dir| !dir.is_dir()) {
             return Err(Failure::new(format!(
