@@ -5,8 +5,7 @@
 //! `seeds --recording FILE` the first records of a recording (`anykernel run --record`) to those of `recording`.
 
 use anykernel_fuzz::fs::images::pack;
-use anykernel_userspace::replay::RecordingFile;
-use hypercall::layers::recorded::Record;
+use hypercall::layers::recorded::{MAGIC, Record, take_chunk};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -261,17 +260,27 @@ fn pcap(path: &str, top: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The first records of a recording as seeds, below a header that is always of this build.
+/// The first records of a recording as seeds.
 fn recording(path: &str, top: &Path) -> Result<()> {
-    let file = RecordingFile::open(Path::new(path)).map_err(|error| format!("{path}: {error}"))?;
-    let targets = ["userspace", "rumprun", "linux-module"];
-    let target = targets.iter().position(|name| *name == file.header.target).unwrap_or(0);
-    for (index, len) in [300, 3000].into_iter().enumerate() {
-        let mut rest = &file.records[..];
-        while file.records.len() - rest.len() < len && Record::take(&mut rest).is_some() {}
-        let records = &file.records[..(file.records.len() - rest.len()).min(4000)];
-        let seed = [&[2 | (target as u8) << 2 | (index as u8 * 15) << 4][..], records].concat();
-        write(&top.join(format!("recording/{}-{index}", file.header.target)), seed)?;
+    let file = std::fs::read(path).map_err(|error| format!("{path}: {error}"))?;
+    let chunk = |at| take_chunk(&file, at).ok().flatten();
+    let (_, mut at) =
+        chunk(MAGIC.len()).filter(|_| file.starts_with(MAGIC)).ok_or(format!("{path}: not a recording"))?;
+    let mut records = Vec::new();
+    while let Some((content, next)) = chunk(at) {
+        records.extend(content);
+        at = next;
+    }
+    for (index, most) in [300, 3900].into_iter().enumerate() {
+        let mut rest = &records[..];
+        let mut len = 0;
+        while let Some(_) = Record::take(&mut rest).into_iter().next()
+            && records.len() - rest.len() <= most
+        {
+            len = records.len() - rest.len();
+        }
+        let seed = [&[2 | (index as u8 * 15) << 4][..], &records[..len]].concat();
+        write(&top.join(format!("recording/real-{index}")), seed)?;
     }
     Ok(())
 }

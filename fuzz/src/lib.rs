@@ -49,7 +49,7 @@ targets! {
     "hostlink", "the NIC driver over host links, with a host that lies", 2048, net::hostlink::run;
     "http", "the HTTP server, with clients that send and take what they like", 2048, http::run;
     "partition", "partition tables and everything that mounts by itself", 8192, fs::partition::run;
-    "recording", "the recorder's files: chunks, header and records", 4096, recording::run;
+    "recording", "the recorder's files: chunks and records", 4096, recording::run;
     "tcp", "segments against a connection in every state; the streams are checked byte by byte", 2048, net::tcp::run;
     "usb_descriptors", "device, configuration and string descriptors of a USB device", 1024, usb::descriptors;
     "usb_hid", "report descriptors of input devices, and their reports", 1024, usb::hid;

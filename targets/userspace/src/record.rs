@@ -9,6 +9,7 @@
 
 use crate::Failure;
 use hypercall::layers::ByteRing;
+use hypercall::layers::recorded::{MAGIC, crc32};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -16,9 +17,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
-
-/// How a recording begins.
-pub const MAGIC: &[u8; 8] = b"AKREC01\n";
 
 /// Bytes of a chunk, about.
 const CHUNK: usize = 256 << 10;
@@ -136,32 +134,9 @@ impl Written {
     }
 }
 
-/// IEEE 802.3, 3.2.9, reflected.
-pub fn crc32(bytes: &[u8]) -> u32 {
-    const TABLE: [u32; 256] = {
-        let (mut table, mut index) = ([0; 256], 0);
-        while index < 256 {
-            let (mut value, mut bit) = (index as u32, 0);
-            while bit < 8 {
-                value = if value & 1 != 0 { value >> 1 ^ 0xedb8_8320 } else { value >> 1 };
-                bit += 1;
-            }
-            table[index] = value;
-            index += 1;
-        }
-        table
-    };
-    !bytes.iter().fold(!0, |crc, byte| crc >> 8 ^ TABLE[usize::from(crc as u8 ^ byte)])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_checksum_is_ethernets() {
-        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
-    }
 
     #[test]
     fn a_recording_ends_at_its_limit() {

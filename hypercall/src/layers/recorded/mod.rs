@@ -9,12 +9,14 @@
 //!
 //! A thread must not spin for another: it would spin for ever. (Locks of `anykernel` spin for a while, then park.)
 
+mod file;
 mod host;
 mod record;
 #[cfg(test)]
 mod tests;
 mod usb;
 
+pub use file::{CorruptChunk, MAGIC, crc32, take_chunk};
 pub use host::Recorded;
 pub use record::{Event, Record, SEED, digest, mix, outcome_of};
 

@@ -110,7 +110,7 @@ impl Fuzz {
                     })
                 );
             }
-            if outcome.executions == 0 && !interrupt::interrupted() {
+            if outcome.executions == 0 && outcome.findings.is_empty() && !interrupt::interrupted() {
                 return Err(Failure::new(format!("{target}: nothing was executed")));
             }
         }

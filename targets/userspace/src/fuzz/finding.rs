@@ -166,6 +166,9 @@ fn read(said: &str) -> (String, Vec<String>) {
         }
     }
     let Some(place) = what else {
+        if let Some((_, report)) = said.split_once("ERROR: AddressSanitizer: ") {
+            return read_address_sanitizer(report);
+        }
         let error =
             said.lines().find_map(|line| line.split_once("ERROR: ")).map_or("it ended", |(_, what)| what);
         let refused = said.lines().find(|line| line.starts_with("memory allocation of"));
@@ -186,16 +189,38 @@ fn read(said: &str) -> (String, Vec<String>) {
             && is_ours(path)
             && stack.len() < FRAMES
         {
-            let path = path.rsplit_once(':').map_or(path, |(path, _)| path);
-            let short = ["/components/", "/anykernel/src", "/hypercall/src", "/examples/", "/fuzz/"]
-                .iter()
-                .find_map(|part| path.find(part))
-                .map_or(path, |at| &path[at + 1..]);
-            stack.push(format!("{name} at {short}"));
+            stack.push(frame(name, path));
         }
     }
     let message = message.join(" ");
     (if message.is_empty() { place } else { format!("{message} ({place})") }, stack)
+}
+
+/// A frame as it is shown, without column and the folders above.
+fn frame(name: &str, path: &str) -> String {
+    let path = path.rsplit_once(':').map_or(path, |(path, _)| path);
+    let short = ["/components/", "/anykernel/src", "/hypercall/src", "/examples/", "/fuzz/"]
+        .iter()
+        .find_map(|part| path.find(part))
+        .map_or(path, |at| &path[at + 1..]);
+    format!("{name} at {short}")
+}
+
+/// What AddressSanitizer said: the kind, which is its first word, and lines `#0 0x5581 in name path:line:column`, of which the
+/// first stack is where it happened.
+fn read_address_sanitizer(report: &str) -> (String, Vec<String>) {
+    let kind = report.split_whitespace().next().unwrap_or_default();
+    let is_frame = |line: &&str| line.trim_start().starts_with('#');
+    let stack = report
+        .lines()
+        .skip_while(|line| !is_frame(line))
+        .take_while(is_frame)
+        .filter_map(|line| line.split_once(" in ")?.1.rsplit_once(' '))
+        .filter(|(_, path)| is_ours(path))
+        .map(|(name, path)| frame(name, path))
+        .take(FRAMES)
+        .collect();
+    (format!("AddressSanitizer: {kind}"), stack)
 }
 
 /// Whether a frame is of this project, and not of the libraries, the language, or the watch over executions.
@@ -292,6 +317,17 @@ stack backtrace:
         );
         // Numbers in a message do not make another bug.
         assert_eq!(number(&what, &stack), number(&what.replace("at 0", "at 17"), &stack));
+        let report = "==7==ERROR: AddressSanitizer: heap-use-after-free on address 0x602 at pc 0x55
+READ of size 1 at 0x602 thread T0
+    #0 0x55 in read<u8> /rustc/5980/library/core/src/ptr/mod.rs:1700:9
+    #1 0x56 in take /home/me/anykernel/components/virtio/src/queue.rs:77:5
+
+freed by thread T0 here:
+    #0 0x57 in drop /home/me/anykernel/components/virtio/src/dma.rs:7:5
+";
+        let (what, stack) = read(report);
+        assert_eq!(what, "AddressSanitizer: heap-use-after-free");
+        assert_eq!(stack, ["take at components/virtio/src/queue.rs:77"]);
         let (what, stack) = read("==1== ERROR: libFuzzer: timeout after 10 seconds\n");
         assert_eq!((what.as_str(), stack.len()), ("libFuzzer: timeout after 10 seconds", 0));
     }

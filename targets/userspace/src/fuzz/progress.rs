@@ -54,7 +54,8 @@ impl Progress {
             show,
             bar,
             start: Instant::now(),
-            shown: None,
+            // Lines begin when there is something to tell; a short run has only its last one.
+            shown: (show == Show::Lines).then(Instant::now),
             found: None,
             crashes: 0,
             distinct: 0,

@@ -1,8 +1,7 @@
 //! Recordings, read back.
 
-use crate::record::{MAGIC, crc32};
 use anykernel::config::Config;
-use hypercall::layers::recorded::{Record, digest};
+use hypercall::layers::recorded::{CorruptChunk, MAGIC, Record, digest, take_chunk};
 use hypercall::{Call, ContractVersion};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -159,20 +158,10 @@ impl Header {
     }
 }
 
-/// The chunk that begins at `at`, and where the next one does; `None` if it is cut.
-fn chunk(bytes: &[u8], at: usize) -> Result<Option<(&[u8], usize)>, RecordingError> {
-    let word = |at: usize| {
-        let word = bytes.get(at..at.checked_add(4)?)?.try_into().ok()?;
-        Some(u32::from_le_bytes(word))
-    };
-    let (Some(len), Some(crc)) = (word(at), word(at + 4)) else { return Ok(None) };
-    let Some(content) = (at + 8).checked_add(len as usize).and_then(|end| bytes.get(at + 8..end)) else {
-        return Ok(None);
-    };
-    if crc32(content) != crc {
-        return Err(RecordingError::Corrupt(at));
+impl From<CorruptChunk> for RecordingError {
+    fn from(chunk: CorruptChunk) -> Self {
+        Self::Corrupt(chunk.0)
     }
-    Ok(Some((content, at + 8 + content.len())))
 }
 
 impl RecordingFile {
@@ -186,10 +175,10 @@ impl RecordingFile {
         if !bytes.starts_with(MAGIC) {
             return Err(RecordingError::NotARecording);
         }
-        let (header, mut at) = chunk(bytes, MAGIC.len())?.ok_or(RecordingError::Empty)?;
+        let (header, mut at) = take_chunk(bytes, MAGIC.len())?.ok_or(RecordingError::Empty)?;
         let header = Header::parse(header)?;
         let mut records = Vec::new();
-        while let Some((content, next)) = chunk(bytes, at)? {
+        while let Some((content, next)) = take_chunk(bytes, at)? {
             records.extend_from_slice(content);
             at = next;
         }
