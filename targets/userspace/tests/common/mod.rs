@@ -4,7 +4,7 @@ use hypercall::conformance::{CheckReport, Outcome};
 use std::collections::HashMap;
 
 /// Fails with every check that did not pass, and if there were none. `absent` lists those that cannot be judged here.
-pub fn judge(what: &str, absent: &[&str], run: impl FnOnce(&mut dyn FnMut(CheckReport))) {
+pub(crate) fn judge(what: &str, absent: &[&str], run: impl FnOnce(&mut dyn FnMut(CheckReport))) {
     let mut passed = 0;
     let mut bad = Vec::new();
     run(&mut |report| match report.outcome {
@@ -17,10 +17,10 @@ pub fn judge(what: &str, absent: &[&str], run: impl FnOnce(&mut dyn FnMut(CheckR
 }
 
 /// The parameters that the suite looks for.
-pub fn params() -> HashMap<String, String> {
+pub(crate) fn params() -> HashMap<String, String> {
     HashMap::from([("config".into(), "{\"hostname\":\"conformance\"}".into())])
 }
 
 /// Checks of a disk that cannot be judged on one that is read-only.
-pub const NEED_WRITING: [&str; 4] =
+pub(crate) const NEED_WRITING: [&str; 4] =
     ["block/reads-what-was-written", "block/writes-only-there", "block/flush-keeps", "block/many-threads"];
