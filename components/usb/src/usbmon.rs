@@ -116,7 +116,9 @@ pub fn record(
 
 /// Takes the bytes of a capture file, piece by piece.
 #[derive(Clone)]
-pub struct Capture(Arc<dyn Fn(&[u8]) + Send + Sync>);
+pub struct Capture(Arc<Take>);
+
+type Take = dyn Fn(&[u8]) + Send + Sync;
 
 impl Capture {
     /// `take` gets the file's header and then a record for each call. It must neither block for long nor call the stack.
