@@ -4,12 +4,12 @@
 mod usb_support;
 
 use anykernel_tests::free_port;
+use anykernel_userspace::qemu::qmp::Qmp;
 use anykernel_userspace::qemu::{Accelerator, End, Process, STOP, rumprun};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -19,48 +19,6 @@ use usb_support::{stick, sum};
 
 /// Far more than any of these needs on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
-
-/// QEMU's machine protocol.
-struct Qmp(BufReader<UnixStream>);
-
-impl Qmp {
-    fn connect(path: &Path) -> Self {
-        let start = Instant::now();
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(error) => assert!(start.elapsed() < PATIENCE, "QMP: {error}"),
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        };
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut this = Self(BufReader::new(stream));
-        this.read();
-        this.ask("qmp_capabilities", json!({})).unwrap();
-        this
-    }
-
-    fn read(&mut self) -> Value {
-        let mut line = String::new();
-        assert!(self.0.read_line(&mut line).unwrap() > 0, "QEMU has ended");
-        serde_json::from_str(&line).unwrap()
-    }
-
-    /// The answer; events in front of it are skipped.
-    fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
-        let text = json!({ "execute": command, "arguments": arguments });
-        self.0.get_mut().write_all(format!("{text}\n").as_bytes()).unwrap();
-        loop {
-            let answer = self.read();
-            if let Some(value) = answer.get("return") {
-                return Ok(value.clone());
-            }
-            if let Some(error) = answer.get("error") {
-                return Err(error.to_string());
-            }
-        }
-    }
-}
 
 /// A running unikernel: eight ports on its root hub, four of USB 3 (1 to 4) and four of USB 2 (5 to 8). QEMU calls both
 /// kinds by 1 to 4.
@@ -106,7 +64,8 @@ impl Guest {
                 line.clear();
             }
         });
-        Self { qemu, keyboard, said, reader, qmp: Qmp::connect(&socket) }
+        let qmp = Qmp::connect(&socket, PATIENCE).unwrap();
+        Self { qemu, keyboard, said, reader, qmp }
     }
 
     fn said(&self) -> String {
@@ -135,7 +94,7 @@ impl Guest {
     fn plug(&mut self, device: Value) {
         let start = Instant::now();
         while let Err(error) = self.qmp.ask("device_add", device.clone()) {
-            assert!(error.contains("ermission conflict") && start.elapsed() < PATIENCE, "{error}");
+            assert!(error.line.contains("ermission conflict") && start.elapsed() < PATIENCE, "{error}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -180,7 +139,7 @@ fn motion(axis: &str, value: i32) -> Value {
 fn typed_keys_and_a_mouse_reach_the_application() {
     let dir = tempfile::tempdir().unwrap();
     let config = json!({ "log": "warn", "app": ["usb", "keys"] });
-    let devices = ["-device", "usb-kbd,bus=usb.0,port=1", "-device", "usb-mouse,bus=usb.0,port=2"];
+    let devices = ["-device", "usb-kbd,id=kbd,bus=usb.0,port=1", "-device", "usb-mouse,bus=usb.0,port=2"];
     let mut guest = Guest::boot("usb-app", None, dir.path(), &config, &devices);
     for name in ["usb1-5i0", "usb1-6i0"] {
         guest.until(name, |guest| guest.objects().iter().find(|one| one["input"] == name).map(drop));
@@ -249,11 +208,10 @@ fn typed_keys_and_a_mouse_reach_the_application() {
     guest.qmp.ask("input-send-event", json!({ "events": [key("z", true)] })).unwrap();
     expected.push((29, true));
     guest.until("the last key", |guest| (keys(guest) == expected).then_some(()));
-    drop(
-        guest
-            .qmp
-            .ask("device_add", json!({ "driver": "usb-kbd", "id": "other", "bus": "usb.0", "port": "3" })),
-    );
+    guest.unplug("kbd");
+    expected.push((29, false));
+    guest.until("what was down is let go", |guest| (keys(guest) == expected).then_some(()));
+    guest.plug(json!({ "driver": "usb-kbd", "id": "other", "bus": "usb.0", "port": "3" }));
     guest.until("another keyboard", |guest| {
         guest.objects().iter().find(|one| one["input"] == "usb1-7i0").map(drop)
     });

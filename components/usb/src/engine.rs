@@ -4,6 +4,12 @@
 //! runs whoever is awake; it never blocks, and may be called from any thread. One thread at a time is in it; whoever finds
 //! it busy leaves word that there is more, and goes.
 
+mod turn;
+mod wait;
+
+pub(crate) use turn::Turn;
+pub(crate) use wait::{Commanding, Sleep, Transferring};
+
 use crate::controller::{
     Command, CommandTag, ControllerError, EndpointKind, Event, HostController, Outcome, Refused, RootPort,
     Slot, Status, Token, Transfer,
@@ -367,7 +373,7 @@ impl<H: Host> Engine<H> {
 
     /// Ready at `deadline_ns`, or soon after.
     pub(crate) fn sleep_until(self: &Arc<Self>, deadline_ns: u64) -> Sleep<H> {
-        Sleep { engine: self.clone(), deadline_ns, key: None }
+        Sleep::new(self.clone(), deadline_ns)
     }
 
     pub(crate) fn sleep_ms(self: &Arc<Self>, ms: u64) -> Sleep<H> {
@@ -400,7 +406,7 @@ impl<H: Host> Engine<H> {
         };
         bus.transfers.insert(token, Pending { waker: None, over, orphan: false });
         self.submitted.fetch_add(1, Ordering::Relaxed);
-        Transferring { engine: self.clone(), token, deadline_ns, key: None, late: false, taken: false }
+        Transferring::new(self.clone(), token, deadline_ns)
     }
 
     /// Starts a command now; the future is for its end.
@@ -415,7 +421,7 @@ impl<H: Host> Engine<H> {
         }
         let result = bus.controller.command(CommandTag(tag), command).err().map(Err);
         bus.commands.insert(tag, PendingCommand { result, ..PendingCommand::default() });
-        Commanding { engine: self.clone(), tag, taken: false }
+        Commanding::new(self.clone(), tag)
     }
 
     /// Ready if root port `port` changed since the last time.
@@ -449,213 +455,5 @@ impl Bus {
         }
         pending.over = Some(Over { data: transfer.data, actual, result });
         pending.waker.take()
-    }
-}
-
-/// See [`Engine::sleep_until`].
-pub(crate) struct Sleep<H: Host> {
-    engine: Arc<Engine<H>>,
-    deadline_ns: u64,
-    key: Option<TimerKey>,
-}
-
-impl<H: Host> Future for Sleep<H> {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if self.engine.now_ns() >= self.deadline_ns {
-            return Poll::Ready(());
-        }
-        if let Some(key) = self.key.take() {
-            self.engine.bus.lock().timers.cancel(key);
-        }
-        self.key = Some(self.engine.arm(self.deadline_ns, cx.waker().clone()));
-        Poll::Pending
-    }
-}
-
-impl<H: Host> Drop for Sleep<H> {
-    fn drop(&mut self) {
-        if let Some(key) = self.key.take() {
-            self.engine.bus.lock().timers.cancel(key);
-        }
-    }
-}
-
-/// A transfer in flight. Dropped, it is cancelled and its buffers are lost; one that is late is cancelled and still
-/// waited for.
-pub(crate) struct Transferring<H: Host> {
-    engine: Arc<Engine<H>>,
-    token: u64,
-    deadline_ns: u64,
-    key: Option<TimerKey>,
-    late: bool,
-    taken: bool,
-}
-
-impl<H: Host> Transferring<H> {
-    /// Ends it soon. It is still to be waited for.
-    pub(crate) fn cancel(&self) {
-        self.engine.bus.lock().controller.cancel(Token(self.token));
-    }
-}
-
-impl<H: Host> Future for Transferring<H> {
-    type Output = Over;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Over> {
-        let this = &mut *self;
-        let mut bus = this.engine.bus.lock();
-        let over = bus.transfers.get_mut(&this.token).and_then(|pending| {
-            pending.waker = Some(cx.waker().clone());
-            pending.over.take()
-        });
-        if let Some(mut over) = over {
-            bus.transfers.remove(&this.token);
-            if let Some(key) = this.key.take() {
-                bus.timers.cancel(key);
-            }
-            this.taken = true;
-            if this.late && over.result == Err(Failure::Cancelled) {
-                over.result = Err(Failure::TimedOut);
-            }
-            return Poll::Ready(over);
-        }
-        if this.deadline_ns != u64::MAX && !this.late {
-            if this.engine.now_ns() >= this.deadline_ns {
-                this.late = true;
-                bus.controller.cancel(Token(this.token));
-                // The answer may be there already.
-                cx.waker().wake_by_ref();
-            } else if this.key.is_none() {
-                drop(bus);
-                this.key = Some(this.engine.arm(this.deadline_ns, cx.waker().clone()));
-            }
-        }
-        Poll::Pending
-    }
-}
-
-impl<H: Host> Drop for Transferring<H> {
-    fn drop(&mut self) {
-        if self.taken {
-            return;
-        }
-        let mut bus = self.engine.bus.lock();
-        if let Some(key) = self.key.take() {
-            bus.timers.cancel(key);
-        }
-        let Some(pending) = bus.transfers.get_mut(&self.token) else { return };
-        if pending.over.is_some() {
-            bus.transfers.remove(&self.token);
-        } else {
-            pending.orphan = true;
-            bus.controller.cancel(Token(self.token));
-        }
-    }
-}
-
-/// A command in flight. Dropped, it goes on all the same.
-pub(crate) struct Commanding<H: Host> {
-    engine: Arc<Engine<H>>,
-    tag: u64,
-    taken: bool,
-}
-
-impl<H: Host> Future for Commanding<H> {
-    type Output = Result<Outcome, Failure>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = &mut *self;
-        let mut bus = this.engine.bus.lock();
-        let Some(command) = bus.commands.get_mut(&this.tag) else {
-            return Poll::Ready(Err(Failure::Controller(ControllerError::Dead)));
-        };
-        match command.result {
-            Some(result) => {
-                bus.commands.remove(&this.tag);
-                this.taken = true;
-                Poll::Ready(result.map_err(Failure::Controller))
-            }
-            None => {
-                command.waker = Some(cx.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-}
-
-impl<H: Host> Drop for Commanding<H> {
-    fn drop(&mut self) {
-        if self.taken {
-            return;
-        }
-        let mut bus = self.engine.bus.lock();
-        if let Some(command) = bus.commands.get_mut(&self.tag) {
-            if command.result.is_some() {
-                bus.commands.remove(&self.tag);
-            } else {
-                command.orphan = true;
-            }
-        }
-    }
-}
-
-/// A right that one task has at a time, in the order of asking.
-pub(crate) struct Turn<H: Host> {
-    state: Mutex<H, TurnState>,
-}
-
-#[derive(Default)]
-struct TurnState {
-    next: u64,
-    /// Tickets not served yet, lowest first, with who waits.
-    queue: VecDeque<(u64, Option<Waker>)>,
-}
-
-impl<H: Host> Turn<H> {
-    pub(crate) fn new(host: H) -> Self {
-        Self { state: Mutex::new(host, TurnState::default()) }
-    }
-
-    /// Waits for the turn; it ends when what this returns is dropped.
-    pub(crate) async fn take(&self) -> TurnGuard<'_, H> {
-        let ticket = {
-            let mut state = self.state.lock();
-            state.next += 1;
-            let ticket = state.next;
-            state.queue.push_back((ticket, None));
-            ticket
-        };
-        let guard = TurnGuard { turn: self, ticket };
-        core::future::poll_fn(|cx| {
-            let mut state = self.state.lock();
-            if state.queue.front().is_some_and(|first| first.0 == ticket) {
-                return Poll::Ready(());
-            }
-            if let Some(mine) = state.queue.iter_mut().find(|one| one.0 == ticket) {
-                mine.1 = Some(cx.waker().clone());
-            }
-            Poll::Pending
-        })
-        .await;
-        guard
-    }
-}
-
-pub(crate) struct TurnGuard<'a, H: Host> {
-    turn: &'a Turn<H>,
-    ticket: u64,
-}
-
-impl<H: Host> Drop for TurnGuard<'_, H> {
-    fn drop(&mut self) {
-        let mut state = self.turn.state.lock();
-        state.queue.retain(|one| one.0 != self.ticket);
-        let next = state.queue.front_mut().and_then(|first| first.1.take());
-        drop(state);
-        if let Some(waker) = next {
-            waker.wake();
-        }
     }
 }

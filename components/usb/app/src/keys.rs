@@ -19,6 +19,8 @@ struct Source {
     device: Arc<dyn InputDevice>,
     /// Shift keys that are down.
     shifts: usize,
+    /// It was unplugged, and has nothing more to say.
+    over: bool,
 }
 
 /// Prints what is typed and moved, a JSON object for each event, until `count` were seen or the instance is stopped.
@@ -37,10 +39,12 @@ pub(crate) fn run<H: Host>(kernel: &Arc<Kernel<H>>, count: Option<u64>) -> ExitS
                     kernel,
                     &json!({ "input": device.info().name, "product": device.info().product }).to_string(),
                 );
-                sources.push(Source { device, shifts: 0 });
+                sources.push(Source { device, shifts: 0, over: false });
             }
         }
         for source in &mut sources {
+            // What comes after this look is seen in the next round.
+            source.over = source.device.gone();
             while left > 0
                 && let Some(event) = source.device.read()
             {
@@ -48,7 +52,7 @@ pub(crate) fn run<H: Host>(kernel: &Arc<Kernel<H>>, count: Option<u64>) -> ExitS
                 left -= 1;
             }
         }
-        sources.retain(|source| !source.device.gone());
+        sources.retain(|source| !source.over);
         signal.wait(&host, seen, Some(host.monotonic_ns().saturating_add(PERIOD_NS)));
     }
     sources.iter().for_each(|source| source.device.watch(None));
