@@ -77,7 +77,9 @@ fn check_capture(mut bytes: &[u8]) {
         ["usb.urb_type", "usb.transfer_type", "usb.urb_id", "scsi.inquiry.product_id", "_ws.malformed"];
     let mut tshark = Command::new("tshark");
     tshark.arg("-r").arg(file.path()).args(["-T", "fields", "-E", "separator=|"]);
-    fields.iter().for_each(|field| drop(tshark.args(["-e", field])));
+    for field in fields {
+        tshark.args(["-e", field]);
+    }
     let output = tshark.output().expect("tshark runs: apt-get install tshark");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

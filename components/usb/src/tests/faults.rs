@@ -16,8 +16,11 @@ use std::vec;
 
 type Host = Faulty<TestHost>;
 
+/// How a request ended, and what is in its buffers.
+type Ended = (Result<(), BlockError>, Vec<u8>);
+
 #[derive(Default)]
-struct Sink(Mutex<Option<(Result<(), BlockError>, Vec<u8>)>>);
+struct Sink(Mutex<Option<Ended>>);
 
 impl Complete for Sink {
     fn complete(&self, request: Request, result: Result<(), BlockError>) {

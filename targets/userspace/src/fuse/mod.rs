@@ -125,11 +125,17 @@ impl Mount {
     }
 }
 
+/// Directories being read, as they were when they were opened.
+#[derive(Default)]
+struct Listings {
+    last: u64,
+    by_handle: HashMap<u64, Arc<Vec<DirEntry>>>,
+}
+
 struct Fuse {
     names: Arc<dyn Namespace>,
     nodes: Mutex<Nodes>,
-    /// Directories being read, as they were when they were opened, by handle.
-    listings: Mutex<(u64, HashMap<u64, Arc<Vec<DirEntry>>>)>,
+    listings: Mutex<Listings>,
     /// To whom everything belongs where the file system says root, as FAT does.
     owner: (u32, u32),
 }
@@ -476,9 +482,9 @@ impl Filesystem for Fuse {
         match self.list(number) {
             Ok(entries) => {
                 let mut listings = self.listings.lock().recover();
-                listings.0 += 1;
-                let handle = listings.0;
-                listings.1.insert(handle, Arc::new(entries));
+                listings.last += 1;
+                let handle = listings.last;
+                listings.by_handle.insert(handle, Arc::new(entries));
                 reply.opened(FileHandle(handle), FopenFlags::empty());
             }
             Err(error) => reply.error(error),
@@ -493,7 +499,7 @@ impl Filesystem for Fuse {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let listing = self.listings.lock().recover().1.get(&handle.0).cloned();
+        let listing = self.listings.lock().recover().by_handle.get(&handle.0).cloned();
         let Some(listing) = listing else { return reply.error(Errno::EBADF) };
         // Who is above need not be known: Linux shows the right number of ".." by itself.
         let dots = [(number, FileType::Directory, &b"."[..]), (number, FileType::Directory, b"..")];
@@ -508,7 +514,7 @@ impl Filesystem for Fuse {
     }
 
     fn releasedir(&self, _: &Request, _: INodeNo, handle: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
-        self.listings.lock().recover().1.remove(&handle.0);
+        self.listings.lock().recover().by_handle.remove(&handle.0);
         reply.ok();
     }
 
