@@ -8,7 +8,8 @@ pub mod initramfs;
 pub mod kernel;
 
 use super::{Machine, build};
-use crate::{Failure, RunSpec};
+use crate::{Failure, RunSpec, UsbSpec};
+use anykernel::config::Config;
 use hypercall::ExitStatus;
 use kernel::Flavour;
 use std::fmt::Write;
@@ -230,7 +231,7 @@ fn initramfs(
     // Linux looks for them in its own time, and what is to be mounted must be there.
     root.file("usb", spec.usb.len().to_string().as_bytes());
     root.file("parameters", parameters(spec).as_bytes());
-    root.file("config.json", spec.config.to_json().as_bytes());
+    root.file("config.json", config(spec).to_json().as_bytes());
     root.file("lib/anykernel.ko", &read(module)?);
     let mut files = Vec::new();
     find_modules(&kernel.modules, &mut files);
@@ -238,6 +239,23 @@ fn initramfs(
         root.file(&format!("lib/{name}"), &read(&path)?);
     }
     Ok(root.finish())
+}
+
+/// What is plugged in to the guest is for the module, not for Linux.
+fn config(spec: &RunSpec) -> Config {
+    let mut config = spec.config.clone();
+    for device in &spec.usb {
+        let class = match device {
+            UsbSpec::Disk(_) => "class:08",
+            UsbSpec::Keyboard | UsbSpec::Mouse => "class:03",
+            UsbSpec::Net => "class:02",
+            UsbSpec::Hub => continue,
+        };
+        if !config.usb.iter().any(|one| one == class) {
+            config.usb.push(class.into());
+        }
+    }
+    config
 }
 
 /// The module's parameters beside `links`, separated by spaces.
