@@ -1,17 +1,19 @@
 //! USB in the Linux module: Debian's generic kernels in QEMU, whose USB core hands its devices to our stack. Needs
 //! `qemu-system-x86_64`, `mkfs.fat`, `fsck.fat`, mtools, curl and Debian's packages of those kernels (fetched without privileges).
 
+mod usb_support;
+
 use anykernel_tests::{Running, anykernel, free_port};
 use anykernel_userspace::qemu::linux_module::{self, Said};
+use anykernel_userspace::qemu::qmp::Qmp;
 use anykernel_userspace::{DiskSpec, RunSpec, UsbSpec};
 use hypercall::ExitStatus;
 use serde_json::{Value, json};
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use usb_support::{run, stick, sum};
 
 /// Longer than any script takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(400);
@@ -36,30 +38,6 @@ unload() {
 # Who has interface 0 of the device at $1.
 driver() { say "driver $(basename "$(readlink /sys/bus/usb/devices/$1:1.0/driver)")"; }
 "#;
-
-fn run(program: &str, args: &[&str]) {
-    let status = Command::new(program).args(args).stdout(Stdio::null()).status();
-    assert!(status.unwrap_or_else(|error| panic!("{program}: {error}")).success(), "{program} {args:?}");
-}
-
-/// A stick with FAT32, and files whose checksums are in `/SHA256SUMS`.
-fn stick(dir: &Path) -> PathBuf {
-    let image = dir.join("stick.img");
-    fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    let shown = image.to_str().unwrap();
-    run("mkfs.fat", &["-F", "32", shown]);
-    let content: Vec<u8> = (0..3_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-    let mut names = Vec::new();
-    for (name, len) in [("big.bin", content.len()), ("odd.bin", 12_345), ("empty", 0)] {
-        fs::write(dir.join(name), &content[..len]).unwrap();
-        run("mcopy", &["-i", shown, dir.join(name).to_str().unwrap(), "::/"]);
-        names.push(format!("./{name}"));
-    }
-    let sums = Command::new("sha256sum").args(&names).current_dir(dir).output().unwrap().stdout;
-    fs::write(dir.join("SHA256SUMS"), sums).unwrap();
-    run("mcopy", &["-i", shown, dir.join("SHA256SUMS").to_str().unwrap(), "::/"]);
-    image
-}
 
 fn boot(series: &str, image: &Path, script: &str, args: &[&str]) -> Vec<String> {
     let disk = UsbSpec::Disk(DiskSpec { path: image.into(), writable: true });
@@ -94,7 +72,7 @@ fn objects(lines: &[String]) -> Vec<Value> {
 /// module takes what it was told to, and nothing else, and gives it back.
 fn works(series: &str) {
     let dir = tempfile::tempdir().unwrap();
-    let image = stick(dir.path());
+    let (image, _) = stick(dir.path());
     let script = r#"
 for name in scsi_common scsi_mod usb_storage; do
 	[ -f /lib/$name.ko ] && insmod /lib/$name.ko
@@ -156,7 +134,7 @@ fn a_stick_works_in_6_12() {
 #[test]
 fn the_command_serves_a_stick_over_a_usb_network_device() {
     let dir = tempfile::tempdir().unwrap();
-    let (image, port) = (stick(dir.path()), free_port());
+    let ((image, big), port) = (stick(dir.path()), free_port());
     let server = Command::new(anykernel())
         .args(["run", "httpd", "--on", "linux-module", "--usb", "net", "--usb"])
         .arg(format!("disk:{}", image.display()))
@@ -176,66 +154,23 @@ fn the_command_serves_a_stick_over_a_usb_network_device() {
         assert!(start.elapsed() < PATIENCE, "nothing answers");
         std::thread::sleep(Duration::from_millis(300));
     }
-    assert!(fs::read(&fetched).unwrap() == fs::read(dir.path().join("big.bin")).unwrap());
+    assert_eq!(sum(&fs::read(&fetched).unwrap()), big);
     server.interrupt();
     assert!(server.end(Duration::from_secs(60)).success());
 }
 
-/// QEMU's machine protocol.
-struct Qmp(BufReader<UnixStream>);
+/// Bytes that were written to all disks.
+fn written(qmp: &mut Qmp) -> u64 {
+    let stats = qmp.ask("query-blockstats", json!({})).unwrap();
+    let disks = stats.as_array().unwrap().iter();
+    disks.filter_map(|disk| disk["stats"]["wr_bytes"].as_u64()).sum()
+}
 
-impl Qmp {
-    fn connect(path: &Path) -> Self {
-        let start = Instant::now();
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(error) => assert!(start.elapsed() < PATIENCE, "QMP: {error}"),
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        };
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut this = Self(BufReader::new(stream));
-        // A greeting.
-        this.read();
-        this.ask("qmp_capabilities", json!({})).unwrap();
-        this
-    }
-
-    fn read(&mut self) -> Value {
-        let mut line = String::new();
-        assert!(self.0.read_line(&mut line).unwrap() > 0, "QEMU has ended");
-        serde_json::from_str(&line).unwrap()
-    }
-
-    /// The answer; events in front of it are skipped.
-    fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
-        let text = json!({ "execute": command, "arguments": arguments });
-        self.0.get_mut().write_all(format!("{text}\n").as_bytes()).unwrap();
-        loop {
-            let answer = self.read();
-            if let Some(value) = answer.get("return") {
-                return Ok(value.clone());
-            }
-            if let Some(error) = answer.get("error") {
-                return Err(error.to_string());
-            }
-        }
-    }
-
-    /// Bytes that were written to all disks.
-    fn written(&mut self) -> u64 {
-        let stats = self.ask("query-blockstats", json!({})).unwrap();
-        let disks = stats.as_array().unwrap().iter();
-        disks.filter_map(|disk| disk["stats"]["wr_bytes"].as_u64()).sum()
-    }
-
-    fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
-        let start = Instant::now();
-        while !done(self) {
-            assert!(start.elapsed() < PATIENCE, "{what} did not happen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -244,7 +179,7 @@ impl Qmp {
 #[test]
 fn keys_are_typed_and_a_stick_is_pulled_out_while_it_is_written_to() {
     let dir = tempfile::tempdir().unwrap();
-    let (image, socket) = (stick(dir.path()), dir.path().join("qmp"));
+    let ((image, _), socket) = (stick(dir.path()), dir.path().join("qmp"));
     let script = r#"
 load '{"log":"warn","app":["usb","keys","6"],"usb":["class:03"]}'
 driver 1-2.1
@@ -262,18 +197,18 @@ sync
 "#;
     let (path, file) = (socket.clone(), image.clone());
     let hand = std::thread::spawn(move || {
-        let mut qmp = Qmp::connect(&path);
+        let mut qmp = Qmp::connect(&path, PATIENCE).unwrap();
         let stroke = |down: bool| json!({ "type": "key", "data": { "down": down, "key": { "type": "qcode", "data": "k" } } });
-        qmp.until("writing", |qmp| {
+        until("writing", || {
             // Typed again until somebody listens, and then for nobody.
             qmp.ask("input-send-event", json!({ "events": [stroke(true), stroke(false)] })).unwrap();
             std::thread::sleep(Duration::from_millis(100));
-            qmp.written() > 2 << 20
+            written(&mut qmp) > 2 << 20
         });
         qmp.ask("device_del", json!({ "id": "usb0" })).unwrap();
         let again = json!({ "driver": "raw", "node-name": "again",
             "file": { "driver": "file", "filename": file } });
-        qmp.until("letting go of the image", |qmp| qmp.ask("blockdev-add", again.clone()).is_ok());
+        until("letting go of the image", || qmp.ask("blockdev-add", again.clone()).is_ok());
         let stick =
             json!({ "driver": "usb-storage", "id": "back", "bus": "usb.0", "port": "1", "drive": "again" });
         qmp.ask("device_add", stick).unwrap();
