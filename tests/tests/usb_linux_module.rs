@@ -208,10 +208,10 @@ sync
         qmp.ask("device_del", json!({ "id": "usb0" })).unwrap();
         let again = json!({ "driver": "raw", "node-name": "again",
             "file": { "driver": "file", "filename": file } });
-        until("letting go of the image", || qmp.ask("blockdev-add", again.clone()).is_ok());
+        qmp.ask("blockdev-add", again).unwrap();
         let stick =
             json!({ "driver": "usb-storage", "id": "back", "bus": "usb.0", "port": "1", "drive": "again" });
-        qmp.ask("device_add", stick).unwrap();
+        until("letting go of the image", || qmp.ask("device_add", stick.clone()).is_ok());
     });
     let args = ["-qmp", &format!("unix:{},server=on,wait=off", socket.display())];
     let said = boot("6.1", &image, script, &args);
