@@ -245,14 +245,17 @@ fn initramfs(
 fn config(spec: &RunSpec) -> Config {
     let mut config = spec.config.clone();
     for device in &spec.usb {
-        let class = match device {
-            UsbSpec::Disk(_) => "class:08",
-            UsbSpec::Keyboard | UsbSpec::Mouse => "class:03",
-            UsbSpec::Net => "class:02",
-            UsbSpec::Hub => continue,
+        let classes: &[&str] = match device {
+            UsbSpec::Disk(_) => &["class:08"],
+            UsbSpec::Keyboard | UsbSpec::Mouse => &["class:03"],
+            UsbSpec::Net => &["class:02"],
+            UsbSpec::Hub => &[],
+            UsbSpec::Host(_) => &["class:02", "class:03", "class:08"],
         };
-        if !config.usb.iter().any(|one| one == class) {
-            config.usb.push(class.into());
+        for class in classes {
+            if !config.usb.iter().any(|one| one == class) {
+                config.usb.push((*class).into());
+            }
         }
     }
     config
