@@ -174,6 +174,7 @@ fn without_a_kernel_to_be_had_the_module_says_so_in_one_line() {
         "mount -t tmpfs none /usr/src && mount -t tmpfs none \"$0\" && PATH=$1:$PATH && shift && exec \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["--map-root-user", "--mount", "sh", "-c", hide]).arg(&store).arg(dir.path());
-    command.arg(anykernel()).args(["run", "httpd", "--on", "linux-module", "--disk"]).arg(&image);
+    let run = ["run", "httpd", "--on", "linux-module", "--publish", "0:80", "--disk"];
+    command.arg(anykernel()).args(run).arg(&image);
     fails(&mut command, 1, &["no Debian cloud kernel", "apt-get update", "--on userspace"]);
 }
