@@ -4,7 +4,7 @@
 
 mod usb_support;
 
-use anykernel_tests::anykernel;
+use anykernel_tests::{anykernel, free_port};
 use anykernel_userspace::qemu::linux_module::guest::{DebianGuest, PARAMETERS};
 use anykernel_userspace::qemu::qmp::Qmp;
 use anykernel_userspace::qemu::{Accelerator, End, Process};
@@ -15,7 +15,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use usb_support::{run, stick};
+use usb_support::{run, stick, sum};
 
 /// Far more than any of these needs on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -355,5 +355,71 @@ fn devices_are_shown_as_lsusb_shows_them_and_the_contract_holds() {
             assert_eq!(ours, theirs, "field {at} of {device:?}:\n{text}");
         }
         assert_eq!(fields.len(), other.len(), "{device:?}:\n{text}");
+    }
+}
+
+/// A keyboard is taken and listened to; then a file server on a network device, which is pulled out under it.
+const TAKE: &str = r#"
+there 2-1
+there 1-2
+there 1-3
+anykernel run usb --net none --usb host:1-2 -- keys 4 >/tmp/keys &
+pid=$!
+n=0; while ! grep -q input /tmp/keys && [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done
+echo @type
+wait $pid
+check keys [ $? = 0 ]
+cat /tmp/keys
+anykernel run httpd --net usb --usb host:1-3 --mount usb2-1:/ &
+pid=$!
+echo @fetch
+gone 1-3
+kill -INT $pid
+wait $pid
+check server [ $? = 0 ]
+"#;
+
+#[test]
+fn a_keyboard_and_a_network_device_are_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, big) = stick(dir.path());
+    let port = free_port();
+    let stick =
+        format!("driver=raw,node-name=stick,read-only=on,file.driver=file,file.filename={}", image.display());
+    let net = format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:80");
+    let args = [
+        ["-blockdev", &stick],
+        ["-device", "usb-storage,drive=stick,bus=usb.0,port=1"],
+        ["-device", "usb-kbd,bus=usb.0,port=2"],
+        ["-netdev", &net],
+        ["-device", "usb-net,id=net,netdev=n,bus=usb.0,port=3"],
+    ];
+    let text = boot(dir.path(), files(TAKE), &args.concat(), |qmp, wish| match wish {
+        "type" => {
+            for code in ["a", "1"] {
+                let key = json!({ "type": "qcode", "data": code });
+                qmp.ask("send-key", json!({ "keys": [key], "hold-time": 50 })).unwrap();
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        }
+        "fetch" => {
+            let url = format!("http://127.0.0.1:{port}/big.bin");
+            let start = Instant::now();
+            let got = loop {
+                let output = Command::new("curl").args(["-s", "--max-time", "20", &url]).output().unwrap();
+                if output.status.success() && !output.stdout.is_empty() {
+                    break output.stdout;
+                }
+                assert!(start.elapsed() < PATIENCE, "nothing answers at {url}");
+                std::thread::sleep(Duration::from_millis(200));
+            };
+            assert_eq!(sum(&got), big);
+            pull(qmp, "net");
+        }
+        other => panic!("{other}"),
+    });
+    all_ok(&text, &["keys", "server"]);
+    for key in [r#""char":"a""#, r#""char":"1""#] {
+        assert_eq!(text.matches(key).count(), 2, "pressed and released, {key}:\n{text}");
     }
 }

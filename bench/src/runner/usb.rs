@@ -22,7 +22,9 @@ use std::time::Duration;
 const RUNS: usize = 5;
 /// A count is nearly the same each time.
 const COUNTS: usize = 2;
-const MEMORY: u64 = 512 << 20;
+/// Of the Debian guest; ours has what it has by default.
+const LINUX_MEMORY: u64 = 512 << 20;
+const MEMORY: u64 = 128 << 20;
 const FILE: usize = 256 << 20;
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -33,7 +35,7 @@ while [ ! -b /dev/sda ] && [ $tries -lt 600 ]; do sleep 0.05; tries=$((tries + 1
 mount -t vfat -o ro /dev/sda /mnt
 /usr/bin/dd if=/mnt/big.bin of=/dev/null bs=1M iflag=direct 2>&1 | sed 's/^/dd: /'
 umount /mnt
-anykernel run usb --net none --mount usb2-1:/fat -- read /fat/big.bin
+anykernel run usb --net none --memory 128M --mount usb2-1:/fat -- read /fat/big.bin
 "#;
 
 /// Gives everything time to be taken in; a script that looked would be counted.
@@ -106,7 +108,7 @@ fn reading(anykernel: &Path, dir: &Path, image: &Path) -> Result {
         let guest = Guest::start(&machine)?;
         unikernel.push(guest.line(PATIENCE, rate).ok_or("the unikernel did not read its file")?);
         drop(guest);
-        let mut machine = Machine::q35("Debian", &spec, MEMORY);
+        let mut machine = Machine::q35("Debian", &spec, LINUX_MEMORY);
         machine.accelerator(accelerator()).kernel(&kernel).arg("-initrd").arg(&initrd);
         machine.args(["-append", PARAMETERS]);
         let guest = Guest::start(&machine)?;
@@ -118,9 +120,9 @@ fn reading(anykernel: &Path, dir: &Path, image: &Path) -> Result {
     let peer = || ("dd iflag=direct, usb-storage of Debian 6.1", linux.as_slice());
     Ok(vec![
         Record::new(("usb", case, "rumprun"), "MB/s", Better::Higher, &unikernel, peer()).goal(1.0),
-        Record::new(("usb", case, "userspace"), "MB/s", Better::Higher, &process, peer())
-            .goal(0.8)
-            .note("in that guest, through libusb and usbfs"),
+        Record::new(("usb", case, "userspace"), "MB/s", Better::Higher, &process, peer()).goal(0.8).note(
+            "in that guest, through libusb and usbfs: each byte is copied three times, with direct I/O never",
+        ),
     ])
 }
 

@@ -708,6 +708,10 @@ async fn serve<H: Host + HostUsb>(
     shared.set_device(info.path, NodeDevice::of(&identity, current.unwrap_or(chosen)));
     shared.set_state(info.path, NodeState::Configured);
     if !claim.wants(&identity) || !useful || ignored {
+        if shared.ask_names && !ignored {
+            ask_names(shared, worker, &info, &mut identity).await;
+            shared.set_device(info.path, NodeDevice::of(&identity, current.unwrap_or(chosen)));
+        }
         drop(busy);
         seat.left().await;
         return Ok(());
@@ -751,6 +755,27 @@ async fn serve<H: Host + HostUsb>(
     // Given up while it is still plugged in: it stays in the tree with the reason.
     seat.left().await;
     Ok(())
+}
+
+/// The names of a device that somebody else drives; empty where that is not allowed.
+async fn ask_names<H: Host + HostUsb>(
+    shared: &Arc<Shared<H>>,
+    worker: &Arc<Worker<H>>,
+    info: &UsbDeviceInfo,
+    identity: &mut Identity,
+) {
+    let (engine, slot, id) = (&shared.engine, identity.slot, info.id);
+    if identity.quirks.contains(Quirks::NO_STRINGS) || identity.descriptor.strings == [0; 3] {
+        return;
+    }
+    let signal = engine.signal.clone();
+    if worker.call(move |host| host.usb_open(id, signal)).await.is_ok() {
+        engine.name_slot(slot, info.path, info.address);
+        let asking = Asking { engine, slot };
+        // One that is mute about its name may still work.
+        let _ = asking.strings(identity.descriptor.strings, &mut identity.strings).await;
+        let _ = engine.command(Command::Detach { slot }).await;
+    }
 }
 
 fn identify(info: &UsbDeviceInfo, raw: Vec<u8>) -> Result<Identity, DescriptorError> {

@@ -38,6 +38,8 @@ pub struct Options {
     pub claim: Claim,
     /// Who is told of every transfer from the start on.
     pub capture: Option<Capture>,
+    /// Devices of a platform that are not taken are opened for a moment, as far as that is allowed, and asked for their names.
+    pub ask_names: bool,
 }
 
 /// What users can read of a stack, as `usb.NAME`.
@@ -98,6 +100,7 @@ pub(crate) struct Shared<H: Host> {
     pub(crate) turn: Turn<H>,
     pub(crate) counters: Counters,
     quirks: Vec<QuirkEntry>,
+    pub(crate) ask_names: bool,
     tree: Mutex<H, BTreeMap<UsbPath, Node>>,
     /// Full and low speed hubs behind a high speed one, and what translates for them.
     translators: Mutex<H, Vec<(Slot, Translator)>>,
@@ -256,6 +259,7 @@ impl<H: Host> UsbStack<H> {
             turn: Turn::new(host),
             counters: Counters::new(kernel),
             quirks: options.quirks,
+            ask_names: options.ask_names,
             tree: Mutex::new(host, BTreeMap::new()),
             translators: Mutex::new(host, Vec::new()),
             busy: Mutex::new(host, 0),

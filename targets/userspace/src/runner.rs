@@ -223,7 +223,8 @@ fn userspace(spec: &RunSpec, usb_pcap: Option<Arc<UsbPcap>>) -> Result<ExitStatu
     let claim = Claim::of_config(&spec.config);
     if spec.config.app.first().is_some_and(|app| app == "usb") || claim != Claim::None {
         let capture = usb_pcap.map(|file| Capture::new(move |bytes| file.write(bytes)));
-        let options = Options { claim, capture, ..Options::default() };
+        let ask_names = spec.config.app.get(1).is_some_and(|word| word == "list");
+        let options = Options { claim, capture, ask_names, ..Options::default() };
         builder = builder.usb(UsbBus::new()?, options);
     }
     for disk in &spec.disks {

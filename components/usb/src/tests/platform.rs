@@ -56,6 +56,25 @@ fn only_what_is_wanted_is_opened() {
     assert_eq!(states(&platform.stack).len(), 2);
 }
 
+#[test]
+fn devices_of_others_are_asked_for_their_names_and_let_go() {
+    let host = TestHost::with_virtual_time();
+    let kernel = Kernel::new(host, Default::default());
+    let options = Options { ask_names: true, ..Options::default() };
+    let platform = UsbStack::attach_platform(&kernel, options).unwrap();
+    let free = host.plug_usb(path("1-1"), Box::new(StorageModel::new(medium()).0));
+    let busy = host.plug_usb(path("1-2"), Box::new(StorageModel::new(medium()).0));
+    host.usb_open(busy, Arc::new(Signal::new())).unwrap();
+    settle(&platform, host);
+    let tree = platform.stack.tree();
+    let names = |at: usize| tree[at].node.device.as_ref().unwrap().strings.clone();
+    assert!(names(0).iter().any(|name| !name.is_empty()));
+    assert!(names(1).iter().all(|name| name.is_empty()));
+    assert!(tree.iter().all(|one| one.node.state == NodeState::Configured));
+    assert!(kernel.block_devices().is_empty());
+    assert_eq!(host.usb_open(free, Arc::new(Signal::new())), Ok(()));
+}
+
 /// By place, by product and by class, as a configuration says it.
 #[test]
 fn a_configuration_picks_devices() {

@@ -10,6 +10,8 @@ use anykernel::sync::Mutex;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use hypercall::Host;
 
+/// Requests beyond this size are no faster.
+const LARGE_REQUEST: usize = 1 << 20;
 /// How often a page may be evicted between its arrival and its use before we stop caching this read.
 const MAX_REFILLS: u32 = 16;
 
@@ -82,6 +84,17 @@ impl<H: Host> CachedDevice<H> {
     /// The cache behind it.
     pub fn cache(&self) -> &Arc<BlockCache<H>> {
         &self.cache
+    }
+
+    /// How far a sequential reader of this device is read ahead, in bytes: what the configuration says, but at least two large
+    /// requests, so that the device has one to work on while the other is being used. 0: not at all.
+    pub fn read_ahead_bytes(&self) -> u32 {
+        let least =
+            self.info().max_request_bytes.min(LARGE_REQUEST).saturating_mul(2).min(self.cache.window_bytes);
+        match self.cache.read_ahead_bytes {
+            0 => 0,
+            bytes => bytes.max(u32::try_from(least).unwrap_or(u32::MAX)),
+        }
     }
 
     /// Fills `buf` from `offset` (bytes, any alignment). Uncached parts are read with few large requests, all of them in

@@ -46,7 +46,7 @@ impl<H: Host> FileNode<H> {
         Self {
             volume: volume.clone(),
             state: RwLock::new(volume.host, state),
-            read_ahead: ReadAhead::new(volume.table.disk.cache().read_ahead_bytes()),
+            read_ahead: ReadAhead::new(volume.table.disk.read_ahead_bytes()),
         }
     }
 

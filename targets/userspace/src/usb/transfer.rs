@@ -13,6 +13,11 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::c_int;
 use std::sync::{Arc, Condvar, Mutex};
 
+/// Large transfers go through memory that the kernel shares with us, so that it need not copy: in buffers of this size, so many of
+/// them for an open device. Smaller ones it copies as fast.
+const SHARED_LEN: usize = 1 << 20;
+const SHARED_LEAST: usize = 64 << 10;
+const SHARED_MOST: usize = 4;
 /// Bytes in front of a control transfer's data.
 const SETUP: usize = 8;
 
@@ -29,6 +34,73 @@ struct State {
     flying: HashMap<u64, Raw>,
     over: VecDeque<UsbCompletion>,
     closing: bool,
+    /// Shared memory that nothing uses now, and how many pieces there are in all.
+    idle: Vec<Shared>,
+    shared: usize,
+}
+
+// libusb 1.0.21; libusb1-sys does not declare them.
+unsafe extern "system" {
+    fn libusb_dev_mem_alloc(handle: *mut ffi::libusb_device_handle, len: usize) -> *mut u8;
+    fn libusb_dev_mem_free(handle: *mut ffi::libusb_device_handle, start: *mut u8, len: usize) -> c_int;
+}
+
+/// [`SHARED_LEN`] bytes that the kernel shares with us.
+struct Shared {
+    start: *mut u8,
+    handle: *mut ffi::libusb_device_handle,
+}
+
+// SAFETY: the memory is nobody else's, and libusb's functions may be called from any thread. `Transfers::close` drops them all
+// before the handle is closed.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    /// `None` where the kernel has none to share.
+    fn new(handle: &DeviceHandle<Context>) -> Option<Self> {
+        let handle = handle.as_raw();
+        // SAFETY: the handle is open; null is checked.
+        let start = unsafe { libusb_dev_mem_alloc(handle, SHARED_LEN) };
+        (!start.is_null()).then_some(Self { start, handle })
+    }
+
+    /// Copies from its beginning; at most [`SHARED_LEN`] bytes.
+    fn read(&self, to: &mut [u8]) {
+        assert!(to.len() <= SHARED_LEN);
+        // SAFETY: that many bytes are there, mapped as long as we are, and no transfer uses them now.
+        unsafe { std::ptr::copy_nonoverlapping(self.start, to.as_mut_ptr(), to.len()) };
+    }
+
+    /// Copies to its beginning, likewise.
+    fn write(&self, from: &[u8]) {
+        assert!(from.len() <= SHARED_LEN);
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.start, from.len()) };
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // SAFETY: it was allocated so, and no transfer uses it any more. It fails only for memory that is none.
+        unsafe { libusb_dev_mem_free(self.handle, self.start, SHARED_LEN) };
+    }
+}
+
+impl State {
+    /// Memory for a bulk transfer of `len` bytes, if it is worth it.
+    fn share(&mut self, handle: &DeviceHandle<Context>, len: usize) -> Option<Shared> {
+        if !(SHARED_LEAST..=SHARED_LEN).contains(&len) {
+            return None;
+        }
+        self.idle.pop().or_else(|| {
+            let room = self.shared < SHARED_MOST;
+            let fresh = room.then(|| Shared::new(handle)).flatten();
+            // Where there is none now, it is not asked for again and again.
+            self.shared =
+                if fresh.is_some() || !room { self.shared + usize::from(room) } else { SHARED_MOST };
+            fresh
+        })
+    }
 }
 
 /// A transfer that libusb has.
@@ -48,6 +120,8 @@ struct Flight {
     transfer: UsbTransfer,
     /// Setup packet and data of a control transfer, which libusb wants in one piece.
     control: Vec<u8>,
+    /// What stands in for the transfer's own buffer.
+    shared: Option<Shared>,
 }
 
 impl Transfers {
@@ -104,17 +178,27 @@ impl Transfers {
         if raw.is_null() {
             return Err(UsbRefused { transfer, error: Error::NoMemory });
         }
-        let mut flight = Box::new(Flight { owner: self.clone(), transfer, control });
+        let shared = match transfer.kind {
+            UsbTransferKind::Bulk => state.share(handle, transfer.data.len()),
+            _ => None,
+        };
+        let mut flight = Box::new(Flight { owner: self.clone(), transfer, control, shared });
         let bytes: &mut [u8] = match flight.control.is_empty() {
             true => &mut flight.transfer.data,
             false => &mut flight.control,
         };
-        let (data, len) = (bytes.as_mut_ptr(), bytes.len());
+        let (mut data, len) = (bytes.as_mut_ptr(), bytes.len());
+        if let Some(shared) = &flight.shared {
+            if endpoint & 0x80 == 0 {
+                shared.write(&flight.transfer.data);
+            }
+            data = shared.start;
+        }
         let zero =
             flight.transfer.zero_packet && endpoint & 0x80 == 0 && kind != LIBUSB_TRANSFER_TYPE_CONTROL;
         let flight = Box::into_raw(flight);
-        // SAFETY: both were made just now and are nobody else's. The buffers are heap memory that does not move with `Flight`,
-        // and is left alone until the callback.
+        // SAFETY: both were made just now and are nobody else's. The buffers are heap memory that does not move with `Flight`, or
+        // shared memory that it owns, and are left alone until the callback.
         let code = unsafe {
             (*raw).dev_handle = handle.as_raw();
             (*raw).flags = if zero { LIBUSB_TRANSFER_ADD_ZERO_PACKET } else { 0 };
@@ -134,10 +218,11 @@ impl Transfers {
             return Ok(());
         }
         // SAFETY: libusb did not take it, so there will be no callback and both are still ours.
-        let flight = unsafe {
+        let mut flight = unsafe {
             ffi::libusb_free_transfer(raw);
             Box::from_raw(flight)
         };
+        state.idle.extend(flight.shared.take());
         let error = match code {
             LIBUSB_ERROR_NO_DEVICE => Error::Gone,
             LIBUSB_ERROR_NO_MEM if busy => Error::WouldBlock,
@@ -173,7 +258,11 @@ impl Transfers {
         self.state.lock().recover().closing = true;
         self.cancel(|_, _| true);
         self.wait(|_, _| true);
-        self.state.lock().recover().over.clear();
+        let mut state = self.state.lock().recover();
+        state.over.clear();
+        // Before the device is closed.
+        state.idle.clear();
+        drop(state);
         *self.signal.lock().recover() = None;
     }
 }
@@ -186,8 +275,13 @@ extern "system" fn completed(raw: *mut ffi::libusb_transfer) {
         let flight = Box::from_raw((*raw).user_data.cast::<Flight>());
         (flight, (*raw).status, (*raw).actual_length)
     };
-    let Flight { owner, mut transfer, control } = *flight;
+    let Flight { owner, mut transfer, control, shared } = *flight;
     let actual = usize::try_from(actual).unwrap_or(0).min(transfer.data.len());
+    if let (Some(shared), Some(data)) = (&shared, transfer.data.get_mut(..actual))
+        && transfer.endpoint & 0x80 != 0
+    {
+        shared.read(data);
+    }
     if let (UsbTransferKind::Control([kind, ..]), Some(data)) = (transfer.kind, control.get(SETUP..))
         && kind & 0x80 != 0
     {
@@ -205,6 +299,7 @@ extern "system" fn completed(raw: *mut ffi::libusb_transfer) {
     state.flying.remove(&transfer.tag);
     // SAFETY: freed once, and nobody finds it in the map any more.
     unsafe { ffi::libusb_free_transfer(raw) };
+    state.idle.extend(shared);
     if !state.closing {
         state.over.push_back(UsbCompletion { transfer, actual, status });
     }
