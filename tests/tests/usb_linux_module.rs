@@ -213,7 +213,9 @@ sync
             json!({ "driver": "usb-storage", "id": "back", "bus": "usb.0", "port": "1", "drive": "again" });
         until("letting go of the image", || qmp.ask("device_add", stick.clone()).is_ok());
     });
-    let args = ["-qmp", &format!("unix:{},server=on,wait=off", socket.display())];
+    // Without the keyboard that every PC has: what is typed is for USB.
+    let qmp = format!("unix:{},server=on,wait=off", socket.display());
+    let args = ["-qmp", &qmp, "-machine", "i8042=off"];
     let said = boot("6.1", &image, script, &args);
     hand.join().unwrap();
     let objects = objects(&said);
