@@ -92,7 +92,7 @@ fn check_capture(mut bytes: &[u8]) {
     let (submitted, completed) = (count(0, "S"), count(0, "C"));
     assert!(completed > 10 && completed <= submitted, "{submitted} submitted, {completed} completed: {text}");
     // Control and bulk.
-    assert!(count(1, "0x02") > 4 && count(1, "0x03") > 8, "{text}");
+    assert!(count(1, "0x02") >= 2 && count(1, "0x03") > 8, "{text}");
     assert!(lines.iter().any(|line| !line[3].is_empty()), "no disk said who it is: {text}");
 }
 
