@@ -289,3 +289,21 @@ pub fn find_modules(dir: &Path, found: &mut Vec<(String, PathBuf)>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_words_have_all_of_a_panic() {
+        let said = |lines: &[String]| {
+            Said { ended: Ok(ExitStatus::Success), lines: String::new(), console: lines.join("\r\n") }
+                .last_words()
+        };
+        let mut lines: Vec<_> = (0..100).map(|n| format!("line {n}")).collect();
+        assert_eq!(said(&lines).lines().collect::<Vec<_>>(), lines[60..]);
+        assert_eq!(said(&lines[..3]).lines().count(), 3);
+        lines[50] = "Kernel panic - not syncing".into();
+        assert_eq!(said(&lines).lines().collect::<Vec<_>>(), lines[10..]);
+    }
+}
