@@ -51,10 +51,14 @@ impl<H: Dma> DmaMemory<H> {
         self.block.device.0.wrapping_add(offset as u64)
     }
 
-    /// In bytes; at least 1.
-    #[expect(clippy::len_without_is_empty, reason = "it never is")]
+    /// In bytes.
     pub fn len(&self) -> usize {
         self.block.len
+    }
+
+    /// Never: the contract gives no empty block.
+    pub fn is_empty(&self) -> bool {
+        self.block.len == 0
     }
 
     /// Where the driver sees byte `offset`, which the caller alone may then use. Panics outside.
