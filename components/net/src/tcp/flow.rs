@@ -110,6 +110,14 @@ impl Flow {
         [owed, idle, orphan].into_iter().flatten().min()
     }
 
+    /// Whether TIME-WAIT began, and what came before waits to be read. smoltcp would throw it away when its TIME-WAIT ends.
+    pub(super) fn lingers(&self) -> bool {
+        let Some(engine) = &self.engine else { return false };
+        // The engine's acknowledgement of their FIN goes first: it has the numbers.
+        let acked = self.before_time_wait.is_some_and(|before| self.emitted.count != before);
+        acked && !self.orphan && engine.socket().state() == State::TimeWait && engine.socket().can_recv()
+    }
+
     pub(super) fn end_error(&self) -> NetError {
         self.error.unwrap_or(NetError::Closed)
     }
@@ -179,6 +187,10 @@ impl Shard {
         if tcp.has(flag::SYN) && before == State::SynSent {
             (flow.progress.first_in, flow.progress.first_out) = (tcp.seq.wrapping_add(1), flow.emitted.seq);
         }
+        if before == State::TimeWait && tcp.has(flag::RST) {
+            // RFC 1337: a reset does not end TIME-WAIT.
+            return self.io.counters.drop_window.increment();
+        }
         if flow.is_beyond_window(tcp) || flow.is_behind_end(tcp) {
             return self.io.counters.drop_window.increment();
         }
@@ -224,12 +236,13 @@ impl Shard {
     pub(crate) fn service(&mut self, key: Key) {
         let now_ns = self.now_ns;
         let Some(flow) = self.flows.get_mut(key) else { return };
+        let lingers = flow.lingers();
         let Some(engine) = flow.engine.as_mut() else { return self.flow_finish(key) };
         let before = engine.socket().state();
         let mut egress =
             LinkEgress::new(&mut self.io, &mut self.neighbors, now_ns, flow.way, &mut flow.emitted);
         let mut sent = 0;
-        while sent < BURST && engine.egress(now_ns, &mut egress) {
+        while sent < BURST && !lingers && engine.egress(now_ns, &mut egress) {
             sent += 1;
         }
         let (unresolved, probe, full) = (egress.unresolved, egress.probe, egress.full);

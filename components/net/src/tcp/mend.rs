@@ -17,9 +17,10 @@
 //!   not take them, and what it says begins after them. So news is told as if it began where it is expected. (What we
 //!   say ourselves is put right in [`super::egress`].)
 //!
-//! And two that have nothing to do with time: it scales the window that it said in a SYN, which is not scaled
-//! ([`SYN_WINDOW`]), and panics when a peer fills what it takes for the window; and it takes data that a peer sends behind
-//! its own FIN for more of the stream.
+//! And three that have nothing to do with windows: it scales the window that it said in a SYN, which is not scaled
+//! ([`SYN_WINDOW`]), and panics when a peer fills what it takes for the window; it takes data that a peer sends behind
+//! its own FIN for more of the stream; and when TIME-WAIT ends it throws away what was not read yet, so that the stream
+//! seems to end early ([`Flow::lingers`]).
 
 use super::flow::{Flow, MIN_WAIT_NS, SLOW_NS};
 use crate::counters::NetCounters;
@@ -121,6 +122,9 @@ impl Flow {
 
     /// When the engine has something to do. One that is owed something and waits for nothing is roused.
     pub(super) fn engine_deadline_ns(&mut self, now_ns: u64, counters: &NetCounters) -> Option<u64> {
+        if self.lingers() {
+            return None;
+        }
         let not_at_once = |at: u64| at.max(now_ns + MIN_WAIT_NS);
         let at = self.engine.as_mut()?.next_deadline_ns(now_ns);
         if at.is_some() || !self.established || !self.is_owed() {

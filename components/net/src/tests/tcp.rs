@@ -1,6 +1,7 @@
 //! TCP between two stacks.
 
 use super::world::{Link, MS, SECOND, Spec, World, error};
+use crate::packet::flag;
 use anykernel::nic::NicCaps;
 use anykernel::socket::{NetError, Shutdown};
 
@@ -476,4 +477,33 @@ fn data_behind_the_end_is_dropped() {
     assert_eq!(world.recv(1, server), Some(Ok(std::vec![1; 1000])));
     assert_eq!(world.recv(1, server), Some(Ok(std::vec![])), "the end");
     assert_eq!(world.nodes[1].counters.drop_window.get(), 1);
+}
+
+/// What came before the end stays readable for as long as the application likes (RFC 9293, 3.6.1), TIME-WAIT or not.
+#[test]
+fn what_was_not_read_outlives_time_wait() {
+    let mut world = two();
+    let (client, server) = world.pair();
+    world.shard(0, client).tcp_shutdown(client, Shutdown::Write).unwrap();
+    world.pass(SECOND);
+    assert_eq!(world.send(1, server, &[1; 1000]), Some(Ok(1000)));
+    world.trace = Some(std::vec::Vec::new());
+    world.shard(1, server).tcp_shutdown(server, Shutdown::Write).unwrap();
+    world.pass(SECOND);
+    // A reset in TIME-WAIT (RFC 1337).
+    let from_server = |frame: &std::vec::Vec<u8>| frame[47] & flag::FIN != 0;
+    let mut reset = world.trace.take().unwrap().into_iter().find(from_server).unwrap();
+    let seq = u32::from_be_bytes(reset[38..42].try_into().unwrap()).wrapping_add(reset.len() as u32 - 54 + 1);
+    reset[38..42].copy_from_slice(&seq.to_be_bytes());
+    reset[47] = flag::RST;
+    super::ip::repair(&mut reset);
+    world.inject(0, &reset);
+    world.settle();
+    // Nothing happens meanwhile.
+    world.pass(200 * SECOND);
+    assert_eq!(world.recv_up_to(0, client, 600), Some(Ok(std::vec![1; 600])));
+    world.pass(200 * SECOND);
+    assert_eq!(world.recv(0, client), Some(Ok(std::vec![1; 400])));
+    assert_eq!(world.recv(0, client), Some(Ok(std::vec![])), "the end");
+    assert_eq!(world.nodes[0].counters.resets_received.get(), 0);
 }
