@@ -7,6 +7,7 @@ use hypercall::layers::TraceEvent;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -33,9 +34,15 @@ pub struct Control {
 impl Control {
     /// Listens at `path`, which must not be there, unless it is what an instance that is gone left.
     pub fn listen(path: &Path) -> Result<Arc<Self>, Failure> {
-        let fail = |error: std::io::Error| Failure::new(format!("{}: {error}", path.display()));
+        let fail = |error: std::io::Error| {
+            Failure::new(format!("{}: {error}: give --control a path where there is nothing", path.display()))
+        };
+        let left_behind = || {
+            let socket = std::fs::symlink_metadata(path).is_ok_and(|what| what.file_type().is_socket());
+            socket && UnixStream::connect(path).is_err()
+        };
         let listener = UnixListener::bind(path).or_else(|error| match error.kind() {
-            ErrorKind::AddrInUse if UnixStream::connect(path).is_err() => {
+            ErrorKind::AddrInUse if left_behind() => {
                 std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
             }
             _ => Err(error),
@@ -145,6 +152,11 @@ mod tests {
         assert_eq!(said["calls"][0]["calls"], 3);
         assert_eq!((&said["calls"][0]["total_ns"], &said["calls"][0]["longest_ns"]), (&json!(15), &json!(9)));
         assert_eq!(said["counters"]["net.drops"], 3);
+        // No file of anybody is taken away.
+        let file = dir.path().join("file");
+        std::fs::write(&file, "precious").unwrap();
+        assert!(Control::listen(&file).is_err());
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
         // In use; and left behind by one that is gone.
         assert!(Control::listen(&path).is_err());
         drop(control);
