@@ -176,5 +176,5 @@ fn without_a_kernel_to_be_had_the_module_says_so_in_one_line() {
     command.args(["--map-root-user", "--mount", "sh", "-c", hide]).arg(&store).arg(dir.path());
     let run = ["run", "httpd", "--on", "linux-module", "--publish", "0:80", "--disk"];
     command.arg(anykernel()).args(run).arg(&image);
-    fails(&mut command, 1, &["no Debian cloud kernel", "apt-get update", "--on userspace"]);
+    fails(&mut command, 1, &["no Debian kernel 6.1 (-cloud-amd64)", "apt-get update", "--on userspace"]);
 }
