@@ -55,7 +55,7 @@ impl Worker {
         events: Sender<Event>,
     ) -> Result<Self, Failure> {
         let mut command = Command::new(program);
-        command.arg("-print_final_stats=1").arg("-reload=1").arg("-max_len=4096");
+        command.arg("-print_final_stats=1").arg("-max_len=4096");
         command.arg(format!("-timeout={TIMEOUT}")).arg(format!("-rss_limit_mb={MEMORY_MB}"));
         command.arg(format!("-artifact_prefix={}/", folders.artifacts.display()));
         if let Some(end) = end {
@@ -72,7 +72,10 @@ impl Worker {
         command.env("RUST_BACKTRACE", "1");
         options.plant(&mut command);
         if options.plant.is_some() {
-            command.arg("-seed=1");
+            // A test: each worker for itself and from a seed of its own, so that a second run meets what the first met.
+            command.arg(format!("-seed={}", index + 1)).arg("-reload=0");
+        } else {
+            command.arg("-reload=1");
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         die_with_parent(&mut command);
