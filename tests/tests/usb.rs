@@ -73,8 +73,7 @@ fn check_capture(mut bytes: &[u8]) {
     bytes = bytes.get(..at).unwrap_or(&bytes[..whole]);
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), bytes).unwrap();
-    let fields =
-        ["usb.urb_type", "usb.transfer_type", "usb.urb_id", "scsi.inquiry.product_id", "_ws.malformed"];
+    let fields = ["usb.urb_type", "usb.transfer_type", "usb.urb_id", "_ws.malformed"];
     let mut tshark = Command::new("tshark");
     tshark.arg("-r").arg(file.path()).args(["-T", "fields", "-E", "separator=|"]);
     for field in fields {
@@ -87,13 +86,15 @@ fn check_capture(mut bytes: &[u8]) {
     let count =
         |column: usize, wanted: &str| lines.iter().filter(|line| line[column].contains(wanted)).count();
     // QEMU's disk has an answer that tshark takes for cut short; what is below it is whole.
-    let whole = |line: &Vec<&str>| line[4].is_empty() || line[4].contains("Malformed Packet: SCSI");
+    let whole = |line: &Vec<&str>| line[3].is_empty() || line[3].contains("Malformed Packet: SCSI");
     assert!(lines.len() > 20 && lines.iter().all(whole), "{text}");
     let (submitted, completed) = (count(0, "S"), count(0, "C"));
     assert!(completed > 10 && completed <= submitted, "{submitted} submitted, {completed} completed: {text}");
     // Control and bulk.
     assert!(count(1, "0x02") >= 2 && count(1, "0x03") > 8, "{text}");
-    assert!(lines.iter().any(|line| !line[3].is_empty()), "no disk said who it is: {text}");
+    // In the bytes: of a device that was configured before, tshark does not know that it speaks SCSI.
+    let product = b"QEMU HARDDISK";
+    assert!(bytes.windows(product.len()).any(|part| part == product), "no disk said who it is: {text}");
 }
 
 #[test]
