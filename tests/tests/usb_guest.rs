@@ -341,7 +341,7 @@ fn two_hundred_hot_plugs() {
         guest.said.lock().unwrap().clear();
         let found = |guest: &Guest| -> Option<u64> {
             let text = guest.said();
-            let (_, line) = text.rsplit_once("\n= 0 devices, ")?;
+            let (_, line) = text.rsplit_once("= 0 devices, ")?;
             line.split_once(" bytes free\n")?.0.parse().ok()
         };
         guest.until("it does not come to rest", found)
