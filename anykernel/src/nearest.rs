@@ -5,11 +5,13 @@ use alloc::vec::Vec;
 /// The candidate that `word` was probably meant to be: at most half of its letters are wrong, of an odd number one more if
 /// the first is right. Case matters.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let all = candidates.into_iter().map(|candidate| (distance(word, candidate), candidate));
-    let (distance, candidate) = all.min()?;
-    let len = candidate.len().max(word.len());
-    let begins = usize::from(candidate.chars().next() == word.chars().next());
-    (distance <= (len + begins) / 2).then_some(candidate)
+    let near = candidates.into_iter().filter_map(|candidate| {
+        let distance = distance(word, candidate);
+        let begins = candidate.chars().next() == word.chars().next();
+        let most = (candidate.len().max(word.len()) + usize::from(begins)) / 2;
+        (distance <= most).then_some((distance, !begins, candidate))
+    });
+    near.min().map(|(.., candidate)| candidate)
 }
 
 /// How many letters must be inserted, removed or replaced to make one word from the other (Levenshtein's distance). Of
@@ -45,6 +47,7 @@ mod tests {
         assert_eq!(nearest("htpd", names()), Some("httpd"));
         assert_eq!(nearest("self-test", names()), Some("selftest"));
         assert_eq!(nearest("lgo", names()), Some("log"));
+        assert_eq!(nearest("vsf", ["net", "usb", "vfs"]), Some("vfs"));
         assert_eq!(nearest("zzz", names()), None);
         assert_eq!(nearest("foo", names()), None);
         assert_eq!(nearest("", names()), None);

@@ -218,6 +218,8 @@ fn many_threads() {
     let root = fs.root().unwrap();
     let dirs: Vec<_> =
         (0..3).map(|i| root.create(format!("d{i}").as_bytes(), FileKind::Directory, None).unwrap()).collect();
+    // Never empty, so that nobody can remove it.
+    dirs[0].create(b"stays", FileKind::File, None).unwrap();
     std::thread::scope(|scope| {
         for thread in 0..4_usize {
             let (root, dirs) = (root.clone(), dirs.clone());
@@ -232,7 +234,7 @@ fn many_threads() {
                     let _ = to.remove(b"shared");
                     let _ = root.rename(b"d0", &dirs[1], b"sub");
                     let _ = dirs[1].rename(b"sub", &root, b"d0");
-                    let _ = dirs[1].remove(b"sub");
+                    assert!(dirs[1].remove(b"sub").is_err());
                     assert_eq!(read_all(&file), name.as_bytes());
                 }
             });
