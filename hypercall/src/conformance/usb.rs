@@ -320,11 +320,12 @@ pub(super) fn cancel<H: Host + HostUsb>(host: H, device: UsbDeviceId) -> Result<
     open.claim(interface)?;
     let tag = transfer.tag;
     open.submit(transfer.clone())?;
-    let refused = host.usb_submit(device, transfer).map_err(|refused| refused.error);
-    ensure!(refused == Err(Error::Invalid), "a tag that is in use: {refused:?}");
+    // First, because the tag of what is over is free.
     if let Some(early) = open.reap(50 * MS) {
         not_run!("the device is not silent: {:?} after {} bytes", early.status, early.actual);
     }
+    let refused = host.usb_submit(device, transfer).map_err(|refused| refused.error);
+    ensure!(refused == Err(Error::Invalid), "a tag that is in use: {refused:?}");
     host.usb_cancel(device, tag + 1);
     host.usb_cancel(device, tag);
     host.usb_cancel(device, tag);
