@@ -110,12 +110,16 @@ impl Flow {
         [owed, idle, orphan].into_iter().flatten().min()
     }
 
-    /// Whether TIME-WAIT began, and what came before waits to be read. smoltcp would throw it away when its TIME-WAIT ends.
-    pub(super) fn lingers(&self) -> bool {
-        let Some(engine) = &self.engine else { return false };
-        // The engine's acknowledgement of their FIN goes first: it has the numbers.
+    /// Whether it is in TIME-WAIT and said so: the engine's acknowledgement of their FIN goes first, it has the numbers.
+    fn is_over(&self) -> bool {
         let acked = self.before_time_wait.is_some_and(|before| self.emitted.count != before);
-        acked && !self.orphan && engine.socket().state() == State::TimeWait && engine.socket().can_recv()
+        acked && self.state() == State::TimeWait
+    }
+
+    /// Whether it is over, but what came before waits to be read. smoltcp would throw it away when its TIME-WAIT ends.
+    pub(super) fn lingers(&self) -> bool {
+        let has_unread = |engine: &Engine| engine.socket().can_recv();
+        self.is_over() && !self.orphan && self.engine.as_deref().is_some_and(has_unread)
     }
 
     pub(super) fn end_error(&self) -> NetError {
@@ -440,18 +444,12 @@ impl Shard {
     /// Frees what a connection does not need any more: the engine when it is over, all of it when nobody looks.
     fn flow_finish(&mut self, key: Key) {
         let Some(flow) = self.flows.get_mut(key) else { return };
-        let state = flow.state();
-        if state == State::TimeWait {
-            // The engine's acknowledgement of their FIN goes first: it has the numbers.
-            let unread = flow.engine.as_ref().is_some_and(|engine| engine.socket().can_recv());
-            let acked = flow.before_time_wait.is_some_and(|before| flow.emitted.count != before);
-            if acked && (!unread || flow.orphan) {
-                let Emitted { seq, ack, .. } = flow.emitted;
-                let entry = TimeWait { tuple: flow.tuple, hash: flow.hash, seq, ack };
-                flow.engine = None;
-                self.time_waits.insert(&mut self.demux, entry, self.now_ns);
-            }
-        } else if state == State::Closed && flow.engine.is_some() {
+        if flow.is_over() && !flow.lingers() {
+            let Emitted { seq, ack, .. } = flow.emitted;
+            let entry = TimeWait { tuple: flow.tuple, hash: flow.hash, seq, ack };
+            flow.engine = None;
+            self.time_waits.insert(&mut self.demux, entry, self.now_ns);
+        } else if flow.state() == State::Closed && flow.engine.is_some() {
             // Its reset, if one was due, was sent by the service before; data that came before the end stays readable.
             let unread = flow.engine.as_ref().is_some_and(|engine| engine.socket().recv_queue() > 0);
             let waits =
