@@ -225,33 +225,48 @@ static void ak_usb_complete(struct urb *urb)
 	spin_unlock_irqrestore(&ak_usb_lock, flags);
 }
 
+/*
+ * A transfer under way of `owner` (0: of any) and with `*tag` (NULL: with any), kept from becoming another until
+ * ak_flight_unpin(). NULL: there is none.
+ */
+static struct ak_flight *ak_flight_pin(struct ak_usb *d, u16 owner, const u64 *tag)
+{
+	struct ak_flight *f, *found = NULL;
+
+	spin_lock_irq(&ak_usb_lock);
+	list_for_each_entry(f, &d->flying, node)
+		if ((!owner || f->owner == owner) && (!tag || f->tag == *tag)) {
+			f->pins++;
+			found = f;
+			break;
+		}
+	spin_unlock_irq(&ak_usb_lock);
+	return found;
+}
+
+static void ak_flight_unpin(struct ak_flight *f)
+{
+	spin_lock_irq(&ak_usb_lock);
+	f->pins--;
+	spin_unlock_irq(&ak_usb_lock);
+}
+
 /* Cancels the transfers of one owner, or all, and waits until they are over. */
 static void ak_usb_kill(struct ak_usb *d, u16 owner)
 {
 	struct ak_flight *f;
 	unsigned int most = AK_FLIGHTS_MAX;
-	bool found;
 
 	/* Whoever is between its check and its URB. */
 	mutex_lock(&d->submitting);
 	mutex_unlock(&d->submitting);
 	do {
-		found = false;
-		spin_lock_irq(&ak_usb_lock);
-		list_for_each_entry(f, &d->flying, node)
-			if (!owner || f->owner == owner) {
-				f->pins++;
-				found = true;
-				break;
-			}
-		spin_unlock_irq(&ak_usb_lock);
-		if (found) {
+		f = ak_flight_pin(d, owner, NULL);
+		if (f) {
 			usb_kill_urb(f->urb);
-			spin_lock_irq(&ak_usb_lock);
-			f->pins--;
-			spin_unlock_irq(&ak_usb_lock);
+			ak_flight_unpin(f);
 		}
-	} while (found && --most);
+	} while (f && --most);
 }
 
 static struct ak_flight *ak_flight_make(struct ak_usb *d)
@@ -432,23 +447,13 @@ void ak_usb_cancel(u64 id, u64 tag)
 {
 	struct ak_usb *d = ak_usb_find(id, true);
 	struct ak_flight *f;
-	bool found = false;
 
 	if (!d)
 		return;
-	spin_lock_irq(&ak_usb_lock);
-	list_for_each_entry(f, &d->flying, node)
-		if (f->tag == tag) {
-			f->pins++;
-			found = true;
-			break;
-		}
-	spin_unlock_irq(&ak_usb_lock);
-	if (found) {
+	f = ak_flight_pin(d, 0, &tag);
+	if (f) {
 		usb_unlink_urb(f->urb);
-		spin_lock_irq(&ak_usb_lock);
-		f->pins--;
-		spin_unlock_irq(&ak_usb_lock);
+		ak_flight_unpin(f);
 	}
 	ak_usb_put(d);
 }
