@@ -54,7 +54,7 @@ const STORAGE: [&str; 3] = ["scsi_common", "scsi_mod", "usb_storage"];
 /// Errors are lines for a person. The guest's own end is an `Ok`.
 pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let series = std::env::var("ANYKERNEL_LINUX").unwrap_or_else(|_| SERIES.into());
-    let (ended, code, _) = boot(spec, &series, None, &[])?;
+    let (ended, code, _) = boot(spec, &series, None)?;
     let ended = ended?;
     if ended != ExitStatus::Success {
         return Ok(ended);
@@ -90,16 +90,9 @@ impl Said {
 /// module at `/lib/anykernel.ko`. The kernel is told to panic, and so to say why, of what it would only warn on other
 /// days: an oops, a CPU or a task that is stuck. A guest that takes longer than `limit` is stopped.
 ///
-/// The script ends with `end STATUS`, which turns the machine off. `args` are further ones of QEMU. Errors: it could not be
-/// started at all.
-pub fn run_script(
-    spec: &RunSpec,
-    series: &str,
-    script: &str,
-    limit: Duration,
-    args: &[&str],
-) -> Result<Said, Failure> {
-    let (ended, lines, console) = boot(spec, series, Some((script, limit)), args)?;
+/// The script ends with `end STATUS`, which turns the machine off. Errors: it could not be started at all.
+pub fn run_script(spec: &RunSpec, series: &str, script: &str, limit: Duration) -> Result<Said, Failure> {
+    let (ended, lines, console) = boot(spec, series, Some((script, limit)))?;
     Ok(Said { ended, lines, console })
 }
 
@@ -133,12 +126,7 @@ pub fn module(series: &str) -> Result<PathBuf, Failure> {
 /// How QEMU ended, what came out of the second serial port, and out of the first, if there was a script.
 type Booted = (Result<ExitStatus, Failure>, String, String);
 
-fn boot(
-    spec: &RunSpec,
-    series: &str,
-    script: Option<(&str, Duration)>,
-    args: &[&str],
-) -> Result<Booted, Failure> {
+fn boot(spec: &RunSpec, series: &str, script: Option<(&str, Duration)>) -> Result<Booted, Failure> {
     if spec.memory.is_some_and(|memory| memory < LEAST_MEMORY) {
         return Err(Failure::usage(format!(
             "Linux needs at least {} MiB: give --memory more, or use --on userspace",
@@ -159,13 +147,7 @@ fn boot(
     let status = Temporary::new(&store, "status", b"")?;
     let console = Temporary::new(&store, "console", b"")?;
     let mut machine = Machine::q35(super::machine::LINUX, spec, DEFAULT_MEMORY);
-    machine
-        .self_modifying(spec.cpus)
-        .powers_off()
-        .kernel(&kernel.image)
-        .arg("-initrd")
-        .arg(&initrd.0)
-        .args(args);
+    machine.self_modifying(spec.cpus).powers_off().kernel(&kernel.image).arg("-initrd").arg(&initrd.0);
     match script {
         Some((_, limit)) => machine.console(&console.0).limit(limit).args(["-append", LOUD]),
         None => machine.args(["-append", QUIET]),
