@@ -1,5 +1,8 @@
 //! End-to-end tests, and what they share: the command that users run, and processes that end with a test.
 
+pub mod module;
+pub mod usb_capture;
+
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};

@@ -2,9 +2,9 @@
 //! load, and the file server through the user's own command. Needs `qemu-system-x86_64`, `mkfs.ext4`, curl and Debian's
 //! packages of the kernels (fetched without privileges when they are not installed).
 
+use anykernel_tests::module::{self, PATIENCE, of};
 use anykernel_tests::{Running, anykernel, free_port};
 use anykernel_userspace::{DiskSpec, RunSpec, qemu::linux_module};
-use hypercall::ExitStatus;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -16,22 +16,11 @@ use std::time::{Duration, Instant};
 
 const SERIES: [&str; 2] = ["6.1", "6.12"];
 
-/// Longer than any script takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(400);
-
 /// One boot at a time: the machine's CPUs are few, and clocks in guests are real.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// Functions of every script. What is said goes to the second serial port, which the test reads.
+/// Functions of every script, beside those of [`module::run_script`].
 const PRELUDE: &str = r#"
-say() { echo "$*" >/dev/ttyS1; }
-status() {
-	while read -r state code </sys/module/anykernel/parameters/status; do
-		case $state in ended | dead) break ;; esac
-		sleep 0.2
-	done
-	say "status $state $code"
-}
 log() { dmesg | sed -n 's/^.*\] anykernel: /log /p' >/dev/ttyS1; }
 unload() { rmmod anykernel && say "unloaded" || say "not unloaded"; }
 "#;
@@ -55,25 +44,8 @@ impl Guest {
     fn run(self, script: &str) -> Vec<String> {
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let spec = RunSpec { disks: self.disks, cpus: 2, ..RunSpec::new(Default::default()) };
-        let script = format!("{PRELUDE}\n{script}\nsay complete\nend 0\n");
-        let said = linux_module::run_script(&spec, self.series, &script, PATIENCE, &[])
-            .unwrap_or_else(|error| panic!("{error}"));
-        let lines: Vec<String> = said.lines.lines().map(|line| line.trim_end().to_owned()).collect();
-        assert!(
-            said.ended == Ok(ExitStatus::Success) && lines.iter().any(|line| line == "complete"),
-            "Linux {} stopped early ({:?}), after {:#?}, with these last words:\n{}",
-            self.series,
-            said.ended,
-            &lines[lines.len().saturating_sub(10)..],
-            said.last_words()
-        );
-        lines
+        module::run_script(&spec, self.series, &format!("{PRELUDE}\n{script}")).0
     }
-}
-
-/// Those lines that begin with `key`, without it.
-fn of<'a>(lines: &'a [String], key: &str) -> Vec<&'a str> {
-    lines.iter().filter_map(|line| line.strip_prefix(key)?.strip_prefix(' ')).collect()
 }
 
 fn file(dir: &Path, name: &str, content: &[u8]) -> PathBuf {
@@ -171,7 +143,7 @@ fn a_kernel_that_panics_has_last_words() {
     let spec = RunSpec::new(Default::default());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let script = "echo before >/dev/ttyS1; echo c >/proc/sysrq-trigger; echo after >/dev/ttyS1; end 0";
-    let said = linux_module::run_script(&spec, "6.12", script, PATIENCE, &[]).unwrap();
+    let said = linux_module::run_script(&spec, "6.12", script, PATIENCE).unwrap();
     assert_eq!(said.lines.trim(), "before");
     assert!(said.last_words().contains("Kernel panic"), "{said:#?}");
 }

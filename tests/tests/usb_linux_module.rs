@@ -3,27 +3,14 @@
 
 mod usb_support;
 
-use anykernel_userspace::qemu::linux_module::{self, Said};
+use anykernel_tests::module::{self, of};
 use anykernel_userspace::{DiskSpec, RunSpec, UsbSpec};
-use hypercall::ExitStatus;
 use serde_json::Value;
 use std::path::Path;
-use std::time::Duration;
 use usb_support::{run, stick};
 
-/// Longer than any script takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(400);
-
-/// Functions of every script. What is said goes to the second serial port, which the test reads.
+/// Functions of every script, beside those of [`module::run_script`].
 const PRELUDE: &str = r#"
-say() { echo "$*" >/dev/ttyS1; }
-status() {
-	while read -r state code </sys/module/anykernel/parameters/status; do
-		case $state in ended | dead) break ;; esac
-		sleep 0.2
-	done
-	say "status $state $code"
-}
 load() { insmod /lib/anykernel.ko links=0 config="$1" || say "insmod failed"; }
 unload() {
 	rmmod anykernel && say "unloaded" || say "not unloaded"
@@ -35,29 +22,15 @@ unload() {
 driver() { say "driver $(basename "$(readlink /sys/bus/usb/devices/$1:1.0/driver)")"; }
 "#;
 
-fn boot(series: &str, image: &Path, script: &str, args: &[&str]) -> Vec<String> {
+fn boot(series: &str, image: &Path, script: &str) -> Vec<String> {
     let disk = UsbSpec::Disk(DiskSpec { path: image.into(), writable: true });
     let usb = vec![disk, UsbSpec::Hub, UsbSpec::Keyboard];
     let spec = RunSpec { usb, cpus: 2, ..RunSpec::new(Default::default()) };
-    let script = format!("{PRELUDE}\n{script}\nsay complete\nend 0\n");
-    let said: Said = linux_module::run_script(&spec, series, &script, PATIENCE, args)
-        .unwrap_or_else(|error| panic!("{error}"));
-    let lines: Vec<String> = said.lines.lines().map(|line| line.trim_end().to_owned()).collect();
-    assert!(
-        said.ended == Ok(ExitStatus::Success) && lines.iter().any(|line| line == "complete"),
-        "Linux {series} stopped early ({:?}), after {lines:#?}, with these last words:\n{}",
-        said.ended,
-        said.last_words()
-    );
+    let (lines, said) = module::run_script(&spec, series, &format!("{PRELUDE}\n{script}"));
     for bad in ["left", "not unloaded", "WARNING", "BUG", "Call Trace"] {
         assert!(!lines.iter().any(|line| line.contains(bad)), "{bad} in {lines:#?}\n{}", said.last_words());
     }
     lines
-}
-
-/// Those lines that begin with `key`, without it.
-fn of<'a>(lines: &'a [String], key: &str) -> Vec<&'a str> {
-    lines.iter().filter_map(|line| line.strip_prefix(key)?.strip_prefix(' ')).collect()
 }
 
 fn objects(lines: &[String]) -> Vec<Value> {
@@ -91,7 +64,7 @@ unload
 driver 2-1
 sync
 "#;
-    let said = boot(series, &image, script, &[]);
+    let said = boot(series, &image, script);
     let [storage, ours, hub] = ["usb-storage", "anykernel", "hub"];
     assert_eq!(of(&said, "driver"), [storage, storage, storage, ours, hub, storage], "{said:#?}");
     let objects = objects(&said);

@@ -4,7 +4,7 @@
 
 mod usb_support;
 
-use anykernel_tests::{anykernel, free_port};
+use anykernel_tests::{anykernel, free_port, usb_capture};
 use anykernel_userspace::qemu::linux_module::guest::{DebianGuest, PARAMETERS};
 use anykernel_userspace::qemu::qmp::Qmp;
 use anykernel_userspace::qemu::{Accelerator, End, Process};
@@ -428,4 +428,47 @@ fn a_keyboard_and_a_network_device_are_taken() {
     for key in [r#""char":"a""#, r#""char":"1""#] {
         assert_eq!(text.matches(key).count(), 2, "pressed and released, {key}:\n{text}");
     }
+}
+
+/// A stick is listed, read, written and captured; behind it a port has a keyboard, which is no disk.
+const READ_AND_WRITE: &str = r#"
+there 2-1
+there 1-2.1
+anykernel usb list --json
+anykernel ls usb:2-1:/ && echo listed
+anykernel cp usb:2-1:/big.bin /tmp/big.bin && sha256sum /tmp/big.bin
+head -c 3000000 /dev/urandom >/tmp/new.bin
+anykernel cp /tmp/new.bin usb:2-1:/new.bin && anykernel cp usb:2-1:/new.bin /tmp/back.bin && cmp /tmp/new.bin /tmp/back.bin && echo written
+anykernel ls usb:2-7:/
+anykernel run usb list --net none --mount usb2-1:/ --usb-pcap /tmp/usb.pcap
+echo capture begins
+head -c 30000 /tmp/usb.pcap | od -An -v -tx1
+echo capture ends
+"#;
+
+#[test]
+fn a_stick_is_read_and_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, big) = stick(dir.path());
+    let drive = format!("if=none,id=stick,format=raw,file={}", image.display());
+    let devices = [
+        "usb-storage,drive=stick,bus=usb.0,port=1",
+        "usb-hub,bus=usb.0,port=2",
+        "usb-kbd,bus=usb.0,port=2.1",
+    ];
+    let mut args = vec!["-drive", &drive];
+    args.extend(devices.iter().flat_map(|device| ["-device", device]));
+    let text = boot(dir.path(), files(READ_AND_WRITE), &args, |_, _| ());
+    for path in ["usb1", "usb2", "1-2", "1-2.1", "2-1"] {
+        assert!(text.contains(&format!(r#""path":"{path}""#)), "{path} is not listed:\n{text}");
+    }
+    assert!(text.contains("listed") && text.contains("written"), "{text}");
+    assert!(text.contains(&big), "big.bin has another sum than {big}:\n{text}");
+    assert!(text.contains("usb:2-7: no disk is there"), "{text}");
+    run("fsck.fat", &["-n", image.to_str().unwrap()]);
+    let (_, capture) = text.split_once("capture begins").expect("a capture");
+    let (capture, _) = capture.split_once("capture ends").expect("a whole capture");
+    let bytes: Vec<u8> =
+        capture.split_whitespace().filter_map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    usb_capture::check(&bytes);
 }

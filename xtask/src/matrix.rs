@@ -45,7 +45,7 @@ enum Shown {
     Not(&'static str),
 }
 
-const LIBUSB: Shown = Shown::By("usb", "a_debian_guest_reads_and_writes_a_stick_through_libusb");
+const LIBUSB: Shown = Shown::By("usb_process", "a_stick_is_read_and_written");
 const STICK: Shown = Shown::By("usb", "the_unikernel_reads_and_writes_a_stick");
 const MODULE: Shown = Shown::By("usb_linux_module", "a_stick_works_in_6_1");
 const PULLED_OUT: Shown = Shown::By("usb_process", "a_stick_is_mounted_written_and_pulled_out");
