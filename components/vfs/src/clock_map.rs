@@ -1,4 +1,4 @@
-//! A bounded map that forgets what was not used lately (CLOCK). Under the dentry cache and the inode caches.
+//! A bounded map that forgets what was not used lately (CLOCK). Under the block cache, the dentry cache and the inode caches.
 
 use alloc::vec::Vec;
 
@@ -52,50 +52,72 @@ impl<K: PartialEq, V> ClockMap<K, V> {
         slot.entry.as_mut().map(|(_, value)| value)
     }
 
+    /// The same, which does not count as a use.
+    pub(crate) fn peek(&mut self, hash: u32, is: impl Fn(&K) -> bool) -> Option<&mut V> {
+        let at = self.find(hash, is)?;
+        self.slots.get_mut(at as usize)?.entry.as_mut().map(|(_, value)| value)
+    }
+
     /// Adds or replaces. Returns what had to go, for the caller to drop where that may take long. Without memory nothing
     /// is added: this is a cache.
     pub(crate) fn insert(&mut self, hash: u32, key: K, value: V) -> Option<(K, V)> {
+        self.insert_beside(hash, key, value, |_| false).unwrap_or_else(Some)
+    }
+
+    /// The same where values for which `stays` holds may not go. `Err`: nothing was added, as there is no memory or
+    /// every value has to stay.
+    pub(crate) fn insert_beside(
+        &mut self,
+        hash: u32,
+        key: K,
+        value: V,
+        stays: impl Fn(&V) -> bool,
+    ) -> Result<Option<(K, V)>, (K, V)> {
         let removed = self.remove(hash, |known| *known == key);
         let mut evicted = None;
         let index = match self.free.pop() {
             Some(index) => index,
-            None if self.slots.len() < self.capacity => match self.grow() {
-                Ok(index) => index,
-                Err(_) => return Some((key, value)),
+            None => match self.grow() {
+                Some(index) => index,
+                None => {
+                    let Some(index) = self.victim(stays) else { return Err((key, value)) };
+                    evicted = self.unlink(index);
+                    index
+                }
             },
-            None => {
-                let Some(index) = self.victim() else { return Some((key, value)) };
-                evicted = self.unlink(index);
-                index
-            }
         };
         let bucket = self.bucket(hash);
         if let (Some(head), Some(slot)) = (self.heads.get_mut(bucket), self.slots.get_mut(index as usize)) {
             let next = core::mem::replace(head, index);
             *slot = Slot { hash, next, referenced: false, entry: Some((key, value)) };
         }
-        evicted.or(removed)
+        Ok(evicted.or(removed))
     }
 
-    fn grow(&mut self) -> Result<u32, alloc::collections::TryReserveError> {
+    /// A new slot. `None`: there are as many as there may be, or there is no memory.
+    fn grow(&mut self) -> Option<u32> {
+        if self.slots.len() >= self.capacity {
+            return None;
+        }
         if self.heads.is_empty() {
             let buckets = self.capacity.next_power_of_two();
-            self.heads.try_reserve_exact(buckets)?;
+            self.heads.try_reserve_exact(buckets).ok()?;
             self.heads.resize(buckets, NONE);
         }
-        self.slots.try_reserve(1)?;
-        self.free.try_reserve(self.slots.len() + 1)?;
+        self.slots.try_reserve(1).ok()?;
+        self.free.try_reserve(self.slots.len() + 1).ok()?;
         self.slots.push(Slot { hash: 0, next: NONE, referenced: false, entry: None });
-        Ok((self.slots.len() - 1) as u32)
+        u32::try_from(self.slots.len() - 1).ok()
     }
 
-    fn victim(&mut self) -> Option<u32> {
+    fn victim(&mut self, stays: impl Fn(&V) -> bool) -> Option<u32> {
         for _ in 0..2 * self.slots.len() {
             let index = self.hand;
             self.hand = (self.hand + 1) % self.slots.len();
             let slot = self.slots.get_mut(index)?;
-            if slot.entry.is_some() && !core::mem::take(&mut slot.referenced) {
-                return Some(index as u32);
+            let may_go = slot.entry.as_ref().is_some_and(|(_, value)| !stays(value));
+            if may_go && !core::mem::take(&mut slot.referenced) {
+                return u32::try_from(index).ok();
             }
         }
         None
@@ -139,7 +161,25 @@ impl<K: PartialEq, V> ClockMap<K, V> {
         slots.into_iter().filter_map(|slot| slot.entry)
     }
 
-    #[cfg(test)]
+    /// What is in it.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (&K, &mut V)> {
+        self.slots.iter_mut().filter_map(|slot| slot.entry.as_mut()).map(|(key, value)| (&*key, value))
+    }
+
+    /// Drops those for which `stays` does not hold.
+    pub(crate) fn retain(&mut self, mut stays: impl FnMut(&K, &mut V) -> bool) {
+        for at in 0..self.slots.len() {
+            let Some(slot) = self.slots.get_mut(at) else { return };
+            if slot.entry.as_mut().is_some_and(|(key, value)| !stays(key, value))
+                && let Ok(index) = u32::try_from(at)
+            {
+                self.unlink(index);
+                self.free.push(index);
+            }
+        }
+    }
+
+    /// Entries in it.
     pub(crate) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
@@ -172,7 +212,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_tells_a_wrong_value(ops in prop::collection::vec((0..40u32, 0..3u8), 1..400), capacity in 1..32usize) {
+        fn never_tells_a_wrong_value(ops in prop::collection::vec((0..40u32, 0..6u8), 1..400), capacity in 1..32usize) {
             let mut map = ClockMap::new(capacity);
             let mut model = HashMap::new();
             for (at, (key, op)) in ops.into_iter().enumerate() {
@@ -185,10 +225,34 @@ mod tests {
                         model.insert(key, at);
                     }
                     1 => prop_assert_eq!(map.get(hash, |k| *k == key).copied(), model.get(&key).copied()),
+                    2 => prop_assert_eq!(map.peek(hash, |k| *k == key).copied(), model.get(&key).copied()),
+                    3 => {
+                        map.retain(|k, _| k % 8 != key % 8);
+                        model.retain(|k, _| k % 8 != key % 8);
+                    }
+                    4 => {
+                        let full = model.len() == capacity && !model.contains_key(&key);
+                        let stay = model.values().filter(|value| **value % 2 == 0).count();
+                        match map.insert_beside(hash, key, at, |value| value % 2 == 0) {
+                            Ok(gone) => {
+                                if let Some((gone, value)) = gone {
+                                    prop_assert!(gone == key || value % 2 == 1);
+                                    model.remove(&gone);
+                                }
+                                model.insert(key, at);
+                            }
+                            Err((given, _)) => {
+                                prop_assert_eq!(given, key);
+                                prop_assert!(full && stay == capacity);
+                            }
+                        }
+                    }
                     _ => prop_assert_eq!(map.remove(hash, |k| *k == key).map(|(_, v)| v), model.remove(&key)),
                 }
                 prop_assert_eq!(map.len(), model.len());
                 prop_assert!(map.len() <= capacity);
+                let inside: HashMap<_, _> = map.iter_mut().map(|(key, value)| (*key, *value)).collect();
+                prop_assert_eq!(&inside, &model);
             }
             prop_assert_eq!(map.clear().count(), model.len());
             prop_assert_eq!(map.len(), 0);

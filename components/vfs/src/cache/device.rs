@@ -215,13 +215,10 @@ impl<H: Host> CachedDevice<H> {
         let (first, count) = pages_of(piece.at, piece.len);
         let wanted = page_bits(first, count);
         let mut shard = self.cache.shard(piece.key).lock();
-        let Some(slot) = shard.find(piece.key) else { return Found::Missing };
-        match &slot.data {
-            Some(data) if wanted & !slot.valid == 0 => {
-                slot.referenced = true;
-                Found::Here(data.clone())
-            }
-            _ if wanted & !slot.valid & !slot.reading != 0 => Found::Missing,
+        let Some(cluster) = shard.touch(piece.key) else { return Found::Missing };
+        match &cluster.data {
+            Some(data) if wanted & !cluster.valid == 0 => Found::Here(data.clone()),
+            _ if wanted & !cluster.valid & !cluster.reading != 0 => Found::Missing,
             _ => Found::Coming,
         }
     }
@@ -319,7 +316,7 @@ impl<H: Host> CachedDevice<H> {
             let mut guard = cell.lock();
             let shard = &mut *guard;
             let missing = match shard.find_or_insert(piece.key) {
-                Some(slot) => edges & !slot.valid,
+                Some(cluster) => edges & !cluster.valid,
                 None => {
                     drop(guard);
                     self.cache.relieve();
@@ -337,19 +334,18 @@ impl<H: Host> CachedDevice<H> {
                 continue;
             }
             let memory = match shard.find(piece.key) {
-                Some(slot) if slot.data.is_none() => Some(shard.take_memory(self.cache.cluster_bytes)?),
+                Some(cluster) if cluster.data.is_none() => Some(shard.take_memory(self.cache.cluster_bytes)?),
                 _ => None,
             };
-            let slot = shard.find(piece.key).ok_or(BlockError::Gone)?;
+            let cluster = shard.touch(piece.key).ok_or(BlockError::Gone)?;
             if let Some(memory) = memory {
-                slot.data = Some(Arc::new(memory));
+                cluster.data = Some(Arc::new(memory));
             }
-            let data = Arc::make_mut(slot.data.as_mut().ok_or(BlockError::Gone)?);
+            let data = Arc::make_mut(cluster.data.as_mut().ok_or(BlockError::Gone)?);
             data.get_mut(piece.at..piece.at + piece.len).ok_or(BlockError::Gone)?.copy_from_slice(part);
-            let newly = (pages & !slot.dirty).count_ones() as usize;
-            slot.valid |= pages;
-            slot.dirty |= pages;
-            slot.referenced = true;
+            let newly = (pages & !cluster.dirty).count_ones() as usize;
+            cluster.valid |= pages;
+            cluster.dirty |= pages;
             self.dirty_pages.fetch_add(newly, Ordering::Relaxed);
             self.cache.dirty_pages.fetch_add(newly, Ordering::Relaxed);
             cell.changed(guard);

@@ -125,23 +125,23 @@ impl<H: Host> Fill<H> {
         let inside = (cluster + 1).checked_mul(cluster_bytes as u64).is_some_and(|end| end <= device.bytes);
         let mut guard = self.cache.shard(key).lock();
         let shard = &mut *guard;
-        let slot = shard.find_or_insert(key).ok_or(None)?;
-        let missing = wanted & !slot.valid & !slot.reading;
+        let cluster = shard.find_or_insert(key).ok_or(None)?;
+        let missing = wanted & !cluster.valid & !cluster.reading;
         if missing == 0 {
             return Ok(Reserved::Nothing);
         }
-        slot.reading |= missing;
+        cluster.reading |= missing;
         if missing != all || !inside {
             return Ok(Reserved::Pages(missing));
         }
         // The device fills the cluster itself.
-        let memory = match slot.data.take().and_then(Arc::into_inner) {
+        let memory = match cluster.data.take().and_then(Arc::into_inner) {
             Some(memory) => Ok(memory),
             None => shard.take_memory(cluster_bytes),
         };
         memory.map(Reserved::Whole).map_err(|error| {
-            if let Some(slot) = shard.find(key) {
-                slot.reading &= !missing;
+            if let Some(cluster) = shard.find(key) {
+                cluster.reading &= !missing;
             }
             Some(error)
         })
@@ -153,8 +153,8 @@ impl<H: Host> Fill<H> {
         let key = Key { device: self.device, cluster };
         let cell = self.cache.shard(key);
         let mut shard = cell.lock();
-        if let Some(slot) = shard.find(key) {
-            slot.reading &= !pages;
+        if let Some(cluster) = shard.find(key) {
+            cluster.reading &= !pages;
         }
         cell.changed(shard);
     }
@@ -281,31 +281,31 @@ impl<H: Host> Fill<H> {
         let cell = self.cache.shard(key);
         let mut guard = cell.lock();
         let shard = &mut *guard;
-        let Some(slot) = shard.find(key) else { return };
-        slot.reading &= !pages;
+        let Some(cluster) = shard.find(key) else { return };
+        cluster.reading &= !pages;
         // What was written meanwhile is newer than what we bring.
-        let fresh = pages & !slot.valid;
+        let fresh = pages & !cluster.valid;
         if !ok {
             if memory.len() == cluster_bytes {
                 shard.return_memory(memory);
             }
-        } else if memory.len() == cluster_bytes && slot.data.is_none() {
-            slot.data = Some(Arc::new(memory));
-            slot.valid |= fresh;
+        } else if memory.len() == cluster_bytes && cluster.data.is_none() {
+            cluster.data = Some(Arc::new(memory));
+            cluster.valid |= fresh;
         } else {
-            let room = if slot.data.is_none() { Some(shard.take_memory(cluster_bytes)) } else { None };
-            if let Some(slot) = shard.find(key) {
+            let room = if cluster.data.is_none() { Some(shard.take_memory(cluster_bytes)) } else { None };
+            if let Some(cluster) = shard.find(key) {
                 match room {
-                    Some(Ok(room)) => slot.data = Some(Arc::new(room)),
+                    Some(Ok(room)) => cluster.data = Some(Arc::new(room)),
                     Some(Err(error)) => self.fail(error),
                     None => {}
                 }
-                if let Some(data) = &mut slot.data {
+                if let Some(data) = &mut cluster.data {
                     let data = Arc::make_mut(data);
                     for (at, run) in runs(fresh) {
                         copy(data, at * PAGE, &memory, (at - first) * PAGE, run * PAGE);
                     }
-                    slot.valid |= fresh;
+                    cluster.valid |= fresh;
                 }
             }
         }

@@ -1,6 +1,7 @@
-//! A shard: some of the clusters, their hash table and their CLOCK hand, under one lock.
+//! A shard: some of the clusters, found by key and evicted by CLOCK, under one lock.
 
 use super::{MAX_CLUSTER_PAGES, PAGE};
+use crate::clock_map::ClockMap;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -9,8 +10,6 @@ use anykernel::counter::Counter;
 use anykernel::sync::{Mutex, MutexGuard};
 use core::sync::atomic::{AtomicU32, Ordering};
 use hypercall::Threads;
-
-const NONE: u32 = u32::MAX;
 
 /// Which cluster of which device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -24,6 +23,11 @@ impl Key {
     pub(super) fn hash(self) -> u32 {
         let mixed = (self.cluster ^ (u64::from(self.device) << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (mixed >> 32) as u32
+    }
+
+    /// Of the bits that did not choose the shard.
+    fn hash_in_shard(self) -> u32 {
+        self.hash() >> 8
     }
 }
 
@@ -40,12 +44,8 @@ pub(super) fn page_bits(first: usize, count: usize) -> PageBits {
 pub(super) type Data = Arc<Box<[u8]>>;
 
 /// What is known of one cluster.
-pub(super) struct Slot {
-    pub(super) key: Key,
-    next: u32,
-    used: bool,
-    /// Set at each hit, cleared by the hand.
-    pub(super) referenced: bool,
+#[derive(Default)]
+pub(super) struct Cluster {
     /// `None` until something is valid, and while the device has the memory.
     pub(super) data: Option<Data>,
     /// Pages whose content is the newest there is.
@@ -58,20 +58,16 @@ pub(super) struct Slot {
     pub(super) writing: PageBits,
 }
 
-impl Slot {
+impl Cluster {
     fn busy(&self) -> bool {
         self.dirty | self.reading | self.writing != 0
     }
 }
 
 pub(super) struct Shard {
-    /// Chains by hash, linked through [`Slot::next`]. A power of two in length.
-    heads: Vec<u32>,
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-    hand: usize,
+    clusters: ClockMap<Key, Cluster>,
     capacity: usize,
-    /// Memory of evicted clusters. With what slots have, never more than `capacity` pieces.
+    /// Memory of evicted clusters. Each made room for a cluster without, which takes it from here.
     spare: Vec<Box<[u8]>>,
     /// Threads that park on the shard's sequence number.
     pub(super) waiters: u32,
@@ -90,16 +86,8 @@ pub(super) struct ShardCell<H> {
 impl<H: Threads + Copy> ShardCell<H> {
     pub(super) fn new(host: H, capacity: usize, evictions: Counter) -> Self {
         let capacity = capacity.max(1);
-        let shard = Shard {
-            heads: Vec::new(),
-            slots: Vec::new(),
-            free: Vec::new(),
-            hand: 0,
-            capacity,
-            spare: Vec::new(),
-            waiters: 0,
-            evictions,
-        };
+        let shard =
+            Shard { clusters: ClockMap::new(capacity), capacity, spare: Vec::new(), waiters: 0, evictions };
         Self { host, sequence: AtomicU32::new(0), shard: Mutex::new(host, shard) }
     }
 
@@ -137,147 +125,52 @@ impl<H: Threads + Copy> ShardCell<H> {
 impl Shard {
     /// Clusters that have or may have memory.
     pub(super) fn clusters(&self) -> usize {
-        self.slots.len() - self.free.len() + self.spare.len()
+        self.clusters.len() + self.spare.len()
     }
 
-    fn head(&mut self, key: Key) -> Option<&mut u32> {
-        // The low bits chose the shard; these are others.
-        let index = (key.hash() >> 8) as usize & self.heads.len().wrapping_sub(1);
-        self.heads.get_mut(index)
+    /// The cluster of `key`, for its keeper: this does not count as a use.
+    pub(super) fn find(&mut self, key: Key) -> Option<&mut Cluster> {
+        self.clusters.peek(key.hash_in_shard(), |known| *known == key)
     }
 
-    /// The slot of `key`.
-    pub(super) fn find(&mut self, key: Key) -> Option<&mut Slot> {
-        let mut at = *self.head(key)?;
-        while let Some(slot) = self.slots.get(at as usize) {
-            if slot.key == key {
-                return self.slots.get_mut(at as usize);
+    /// The cluster of `key`, for a reader or writer: used clusters stay longer.
+    pub(super) fn touch(&mut self, key: Key) -> Option<&mut Cluster> {
+        self.clusters.get(key.hash_in_shard(), |known| *known == key)
+    }
+
+    /// The cluster of `key`, a new one if need be. `None`: every cluster is dirty or on its way.
+    pub(super) fn find_or_insert(&mut self, key: Key) -> Option<&mut Cluster> {
+        // Asked again in the end, because the borrow of a returned cluster would last until there.
+        if self.find(key).is_none() {
+            let new = Cluster::default();
+            let evicted = self.clusters.insert_beside(key.hash_in_shard(), key, new, Cluster::busy).ok()?;
+            if let Some((_, cluster)) = evicted {
+                self.evictions.increment();
+                if let Some(memory) = cluster.data.and_then(Arc::into_inner) {
+                    self.return_memory(memory);
+                }
             }
-            at = slot.next;
         }
-        None
+        self.find(key)
     }
 
-    /// The slot of `key`, a new one if need be. `None`: every cluster is dirty or on its way.
-    pub(super) fn find_or_insert(&mut self, key: Key) -> Option<&mut Slot> {
-        if self.find(key).is_some() {
-            // Asked twice, because the borrow of a returned slot would last to the end.
-            return self.find(key);
-        }
-        let index = self.free_slot()?;
-        let head = self.head(key)?;
-        let next = core::mem::replace(head, index);
-        let slot = self.slots.get_mut(index as usize)?;
-        *slot = Slot {
-            key,
-            next,
-            used: true,
-            referenced: false,
-            data: None,
-            valid: 0,
-            dirty: 0,
-            reading: 0,
-            writing: 0,
-        };
-        Some(slot)
-    }
-
-    fn free_slot(&mut self) -> Option<u32> {
-        if let Some(index) = self.free.pop() {
-            return Some(index);
-        }
-        if self.slots.len() < self.capacity && self.grow().is_ok() {
-            return u32::try_from(self.slots.len() - 1).ok();
-        }
-        self.evict()
-    }
-
-    fn grow(&mut self) -> Result<(), alloc::collections::TryReserveError> {
-        if self.heads.is_empty() {
-            let buckets = self.capacity.next_power_of_two();
-            self.heads.try_reserve_exact(buckets)?;
-            self.heads.resize(buckets, NONE);
-        }
-        self.slots.try_reserve(1)?;
-        self.free.try_reserve(self.slots.len() + 1)?;
-        self.spare.try_reserve(self.slots.len() + 1)?;
-        self.slots.push(Slot {
-            key: Key { device: NONE, cluster: 0 },
-            next: NONE,
-            used: false,
-            referenced: false,
-            data: None,
-            valid: 0,
-            dirty: 0,
-            reading: 0,
-            writing: 0,
-        });
-        Ok(())
-    }
-
-    /// CLOCK: the first cluster that was not used since the hand last passed.
-    fn evict(&mut self) -> Option<u32> {
-        for _ in 0..2 * self.slots.len() {
-            let index = self.hand;
-            self.hand = (self.hand + 1) % self.slots.len();
-            let slot = self.slots.get_mut(index)?;
-            if !slot.used || slot.busy() {
-                continue;
-            }
-            if core::mem::take(&mut slot.referenced) {
-                continue;
-            }
-            self.evictions.increment();
-            let index = u32::try_from(index).ok()?;
-            self.unlink(index);
-            return Some(index);
-        }
-        None
-    }
-
-    /// Takes a slot out of its chain and its memory to the spares.
-    fn unlink(&mut self, index: u32) {
-        let Some(slot) = self.slots.get_mut(index as usize) else { return };
-        let (key, next) = (slot.key, slot.next);
-        slot.used = false;
-        slot.valid = 0;
-        if let Some(memory) = slot.data.take().and_then(Arc::into_inner) {
-            self.spare.push(memory);
-        }
-        let Some(head) = self.head(key) else { return };
-        if *head == index {
-            *head = next;
-            return;
-        }
-        let mut at = *head;
-        while let Some(slot) = self.slots.get_mut(at as usize) {
-            if slot.next == index {
-                slot.next = next;
-                return;
-            }
-            at = slot.next;
-        }
-    }
-
-    /// The slots in use.
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
-        self.slots.iter_mut().filter(|slot| slot.used)
+    /// The clusters of `device`, by number.
+    pub(super) fn of(&mut self, device: u32) -> impl Iterator<Item = (u64, &mut Cluster)> {
+        self.clusters
+            .iter_mut()
+            .filter(move |(key, _)| key.device == device)
+            .map(|(key, it)| (key.cluster, it))
     }
 
     /// Drops everything that `device` has here, and the spares. Pages under way stay until the hand finds them.
     pub(super) fn purge(&mut self, device: u32) {
-        for at in 0..self.slots.len() {
-            if let (Some(slot), Ok(index)) = (self.slots.get_mut(at), u32::try_from(at))
-                && slot.used
-                && slot.key.device == device
-            {
-                slot.dirty = 0;
-                if slot.reading | slot.writing == 0 {
-                    self.unlink(index);
-                    self.free.push(index);
-                }
+        self.clusters.retain(|key, cluster| {
+            if key.device != device {
+                return true;
             }
-        }
+            cluster.dirty = 0;
+            cluster.busy()
+        });
         self.spare = Vec::new();
     }
 
@@ -291,7 +184,7 @@ impl Shard {
 
     /// Gives memory back that [`Shard::take_memory`] gave.
     pub(super) fn return_memory(&mut self, memory: Box<[u8]>) {
-        if self.spare.len() < self.spare.capacity() {
+        if self.spare.len() < self.capacity && self.spare.try_reserve(1).is_ok() {
             self.spare.push(memory);
         }
     }

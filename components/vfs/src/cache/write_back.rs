@@ -72,9 +72,9 @@ impl<H: Host> CachedDevice<H> {
         let mut clusters = Vec::new();
         for cell in &self.cache.shards {
             let mut shard = cell.lock();
-            for slot in shard.iter_mut().filter(|slot| slot.dirty != 0 && slot.key.device == self.id) {
+            for (number, _) in shard.of(self.id).filter(|(_, cluster)| cluster.dirty != 0) {
                 clusters.try_reserve(1).map_err(|_| BlockError::NoMemory)?;
-                clusters.push(slot.key.cluster);
+                clusters.push(number);
             }
         }
         clusters.sort_unstable();
@@ -94,7 +94,7 @@ impl<H: Host> WriteBack<H> {
         let base = cluster * self.cache.cluster_pages() as u64;
         let most = device.info().max_request_bytes / PAGE;
         let dirty = match self.cache.shard(key).lock().find(key) {
-            Some(slot) => slot.dirty,
+            Some(cluster) => cluster.dirty,
             None => return Ok(()),
         };
         for (first, count) in runs(dirty) {
@@ -119,15 +119,15 @@ impl<H: Host> WriteBack<H> {
     fn take(&self, key: Key, first: usize, count: usize, memory: &mut [u8]) {
         let pages = page_bits(first, count);
         let mut shard = self.cache.shard(key).lock();
-        let Some(slot) = shard.find(key) else { return };
-        if let Some(from) = slot.data.as_ref().and_then(|data| data.get(first * PAGE..))
+        let Some(cluster) = shard.find(key) else { return };
+        if let Some(from) = cluster.data.as_ref().and_then(|data| data.get(first * PAGE..))
             && let Some(from) = from.get(..memory.len())
         {
             memory.copy_from_slice(from);
         }
-        self.set_clean((slot.dirty & pages).count_ones());
-        slot.dirty &= !pages;
-        slot.writing |= pages;
+        self.set_clean((cluster.dirty & pages).count_ones());
+        cluster.dirty &= !pages;
+        cluster.writing |= pages;
     }
 
     fn set_clean(&self, pages: u32) {
@@ -161,11 +161,11 @@ impl<H: Host> WriteBack<H> {
     fn written(&self, key: Key, pages: PageBits, ok: bool) {
         let cell = self.cache.shard(key);
         let mut shard = cell.lock();
-        if let Some(slot) = shard.find(key) {
-            slot.writing &= !pages;
+        if let Some(cluster) = shard.find(key) {
+            cluster.writing &= !pages;
             if !ok {
-                let again = (pages & !slot.dirty).count_ones() as usize;
-                slot.dirty |= pages;
+                let again = (pages & !cluster.dirty).count_ones() as usize;
+                cluster.dirty |= pages;
                 self.dirty_pages.fetch_add(again, Ordering::Relaxed);
                 self.cache.dirty_pages.fetch_add(again, Ordering::Relaxed);
             }
