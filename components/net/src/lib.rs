@@ -38,6 +38,8 @@ mod reassembly;
 mod route;
 mod shard;
 mod slab;
+mod sockets;
+mod stack;
 mod tcp;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -45,8 +47,8 @@ mod udp;
 
 pub use config::{Ipv4Setting, Ipv6Setting, Limits, Settings};
 pub use counters::NetCounters;
-pub use provider::start;
 pub use shard::{FlowId, NicSetup, Poll, Shard, ShardSetup, UdpId};
+pub use stack::start;
 
 #[cfg(test)]
 mod tests;
