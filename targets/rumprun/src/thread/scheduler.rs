@@ -122,6 +122,7 @@ unsafe fn enqueue(thread: NonNull<Thread>, woken: bool) {
         fields.cpu.store(target, Ordering::Relaxed);
     }
     fields.woken.set(woken);
+    let pinned = fields.pinned;
     let there = cpu::get(target);
     let first = {
         let mut queue = there.scheduler.queue.lock();
@@ -133,6 +134,14 @@ unsafe fn enqueue(thread: NonNull<Thread>, woken: bool) {
         reconsider(monotonic_ns());
     } else if IDLE.fetch_and(!(1 << target), Ordering::SeqCst) & 1 << target != 0 || first || woken {
         apic::send(there.apic_id.get(), RESCHEDULE_VECTOR);
+    }
+    // A CPU that went idle after we looked, and before the thread could be seen in the queue, comes and takes it.
+    let late = if pinned || idle != 0 { 0 } else { IDLE.load(Ordering::SeqCst) & !(1 << target) };
+    if late != 0 {
+        let taker = late.trailing_zeros();
+        if IDLE.fetch_and(!(1 << taker), Ordering::SeqCst) & 1 << taker != 0 {
+            apic::send(cpu::get(taker).apic_id.get(), RESCHEDULE_VECTOR);
+        }
     }
 }
 
