@@ -6,7 +6,7 @@ use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use hypercall::testing::{TestHost, UsbModel, usb_progress};
-use hypercall::{Clock, Signal, UsbTransferKind};
+use hypercall::{Clock, Signal, Threads, UsbTransferKind};
 use std::sync::{Mutex, MutexGuard};
 
 /// How long the reset of a port takes.
@@ -101,8 +101,8 @@ struct Flight {
     cancelled: bool,
 }
 
-pub(super) struct Inner {
-    host: TestHost,
+pub(super) struct Inner<H> {
+    host: H,
     signal: Arc<Signal>,
     info: ControllerInfo,
     ports: Vec<Cell>,
@@ -118,17 +118,22 @@ pub(super) struct Inner {
 
 /// What a test holds: plugs and unplugs.
 #[derive(Clone)]
-pub struct ModelBus(Arc<Mutex<Inner>>);
+pub struct ModelBus<H = TestHost>(Arc<Mutex<Inner<H>>>);
+
+/// What a model takes the time from, and wakes by.
+pub trait ModelHost: Clock + Threads + Copy + Send + 'static {}
+
+impl<H: Clock + Threads + Copy + Send + 'static> ModelHost for H {}
 
 /// What the stack gets.
-pub struct ModelController {
-    bus: ModelBus,
+pub struct ModelController<H> {
+    bus: ModelBus<H>,
     info: ControllerInfo,
 }
 
-impl ModelBus {
+impl<H: ModelHost> ModelBus<H> {
     /// A controller with `ports` root ports and room for `max_slots` devices, on the clock of `host`.
-    pub fn new(host: TestHost, ports: u8, max_slots: u32) -> Self {
+    pub fn new(host: H, ports: u8, max_slots: u32) -> Self {
         let info = ControllerInfo {
             name: "model".into(),
             ports,
@@ -151,7 +156,7 @@ impl ModelBus {
         })))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, Inner<H>> {
         self.0.lock().unwrap()
     }
 
@@ -204,9 +209,21 @@ impl ModelBus {
     pub fn slots(&self) -> usize {
         self.lock().slots.len()
     }
+
+    /// Drops every device: hubs know their bus, and neither would go otherwise.
+    pub fn clear(&self) {
+        let (ports, slots) = {
+            let mut inner = self.lock();
+            (inner.ports.clone(), core::mem::take(&mut inner.slots))
+        };
+        for port in ports {
+            port.lock().unwrap().unplug();
+        }
+        drop(slots);
+    }
 }
 
-impl Inner {
+impl<H: ModelHost> Inner<H> {
     fn at(&self, place: &Place) -> Option<Cell> {
         let mut cell = self.ports.get(usize::from(place.root_port.0) - 1)?.clone();
         let mut route = place.route;
@@ -389,7 +406,7 @@ impl Inner {
     }
 }
 
-impl HostController for ModelController {
+impl<H: ModelHost> HostController for ModelController<H> {
     fn info(&self) -> &ControllerInfo {
         &self.info
     }
@@ -475,10 +492,10 @@ impl HostController for ModelController {
     }
 }
 
-impl Drop for ModelController {
+impl<H> Drop for ModelController<H> {
     fn drop(&mut self) {
         // Whoever drops a controller loses what is in flight, on purpose.
-        let mut bus = self.bus.lock();
+        let mut bus = self.bus.0.lock().unwrap();
         bus.tokens.clear();
         bus.flights.clear();
     }

@@ -1,28 +1,28 @@
 //! An external hub.
 
 use super::build::Descriptors;
-use super::bus::{Cell, ModelBus, Plugged};
+use super::bus::{Cell, ModelBus, ModelHost, Plugged};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use hypercall::testing::{TestHost, UsbModel, UsbReply, UsbStandard, usb_reply};
-use hypercall::{Clock, UsbSpeed};
+use hypercall::UsbSpeed;
 use std::sync::Mutex;
 
 /// A hub with a number of ports. The handle stays with the test; what is plugged in is a copy of it.
 #[derive(Clone)]
-pub struct HubModel {
-    host: TestHost,
-    bus: ModelBus,
+pub struct HubModel<H = TestHost> {
+    host: H,
+    bus: ModelBus<H>,
     ports: Vec<Cell>,
     standard: UsbStandard,
     /// Reports all the time, about nothing.
     pub chatty: bool,
 }
 
-impl HubModel {
+impl<H: ModelHost> HubModel<H> {
     /// A high speed hub.
-    pub fn new(host: TestHost, bus: &ModelBus, ports: u8) -> Self {
+    pub fn new(host: H, bus: &ModelBus<H>, ports: u8) -> Self {
         let standard = Descriptors::new(0x0409, 0x55aa, [9, 0, 0], false)
             .interface(0, 0, 1, [9, 0, 0])
             .endpoint(0x81, 3, 8)
@@ -33,11 +33,16 @@ impl HubModel {
 
     /// Plugs the hub itself into a root port.
     pub fn plug_into_root(&self, port: u8) {
-        self.bus.plug_device(port, self.clone(), self.ports.clone());
+        self.plug_into_root_as(port, self.clone());
+    }
+
+    /// Plugs `model`, which answers in the hub's place, into a root port.
+    pub fn plug_into_root_as(&self, port: u8, model: impl UsbModel + 'static) {
+        self.bus.plug_device(port, model, self.ports.clone());
     }
 
     /// Plugs the hub into a port of another.
-    pub fn plug_into(&self, hub: &HubModel, port: u8) {
+    pub fn plug_into(&self, hub: &HubModel<H>, port: u8) {
         hub.plug_device(port, self.clone(), self.ports.clone());
     }
 
@@ -76,7 +81,7 @@ impl HubModel {
     }
 }
 
-impl UsbModel for HubModel {
+impl<H: ModelHost> UsbModel for HubModel<H> {
     fn descriptors(&self) -> Vec<u8> {
         self.standard.descriptors()
     }

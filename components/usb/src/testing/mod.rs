@@ -12,7 +12,7 @@ mod net;
 mod storage;
 
 pub use build::Descriptors;
-pub use bus::{ModelBus, ModelController};
+pub use bus::{ModelBus, ModelController, ModelHost};
 pub use hid::{HidModel, HidState, KEYBOARD, MOUSE};
 pub use hub::HubModel;
 pub use net::{NetModel, NetState};
