@@ -64,6 +64,17 @@ fn usb_seeds(put: &dyn Fn(&str, &str, &[u8]) -> Result<()>) -> Result<()> {
     ];
     put("usb_descriptors", "storage", &storage)?;
     put("usb_descriptors", "string", &[8, 3, b'a', 0, 0x3d, 0xd8, 0, 0xde])?;
+    // No lies; then time, keys, frames, reads and writes, and each device pulled out and plugged in.
+    let honest = [
+        0, 0, 2, 7, 0, 0, 4, 0, 0, 0, 0, 0, 8, 60, 0, 9, 9, 1, 10, 0, 16, 0, 0, 11, 0, 8, 0, 8, 1, 3, 1, 1, 5, 1,
+        2, 5, 0, 2, 11, 0, 16, 5, 4, 2, 9, 9, 3, 2, 5, 2, 1,
+    ];
+    put("usb_devices", "honest", &honest)?;
+    for lie in [0xc0, 0xe0, 0xe8, 0xf0, 0xf4, 0xf7, 0xfb, 0xfd, 0xff] {
+        let mut lies = [0; 64];
+        lies.iter_mut().skip(usize::from(lie) % 11).step_by(11).for_each(|byte| *byte = lie);
+        put("usb_devices", &format!("lie-{lie:02x}"), &[&[64, 0][..], &lies, &honest[2..]].concat())?;
+    }
     let keyboard = [
         5, 1, 9, 6, 161, 1, 5, 7, 25, 224, 41, 231, 21, 0, 37, 1, 117, 1, 149, 8, 129, 2, 149, 1, 117, 8,
         129, 1, 149, 6, 117, 8, 21, 0, 37, 101, 5, 7, 25, 0, 41, 101, 129, 0, 192,

@@ -52,6 +52,7 @@ targets! {
     "recording", "the recorder's files: chunks and records", 4096, recording::run;
     "tcp", "segments against a connection in every state; the streams are checked byte by byte", 2048, net::tcp::run;
     "usb_descriptors", "device, configuration and string descriptors of a USB device", 1024, usb::descriptors;
+    "usb_devices", "the whole USB stack, with a hub, a disk, a keyboard and a network device that lie", 1024, usb::devices::run;
     "usb_hid", "report descriptors of input devices, and their reports", 1024, usb::hid;
     "usb_hub", "descriptors and port states of a USB hub", 256, usb::hub;
     "usb_ncm", "blocks of Ethernet frames from a USB network device", 4096, usb::ncm;

@@ -1,6 +1,7 @@
 //! What a USB device sends: descriptors, reports of hubs and of input devices, status wrappers and SCSI answers, blocks of
 //! Ethernet frames.
 
+pub mod devices;
 pub mod xhci;
 
 use anykernel_usb::controller::Speed;
