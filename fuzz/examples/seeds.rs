@@ -66,8 +66,8 @@ fn usb_seeds(put: &dyn Fn(&str, &str, &[u8]) -> Result<()>) -> Result<()> {
     put("usb_descriptors", "string", &[8, 3, b'a', 0, 0x3d, 0xd8, 0, 0xde])?;
     // No lies; then time, keys, frames, reads and writes, and each device pulled out and plugged in.
     let honest = [
-        0, 0, 2, 7, 0, 0, 4, 0, 0, 0, 0, 0, 8, 60, 0, 9, 9, 1, 10, 0, 16, 0, 0, 11, 0, 8, 0, 8, 1, 3, 1, 1, 5, 1,
-        2, 5, 0, 2, 11, 0, 16, 5, 4, 2, 9, 9, 3, 2, 5, 2, 1,
+        0, 0, 2, 7, 0, 0, 4, 0, 0, 0, 0, 0, 8, 60, 0, 9, 9, 1, 10, 0, 16, 0, 0, 11, 0, 8, 0, 8, 1, 3, 1, 1,
+        5, 1, 2, 5, 0, 2, 11, 0, 16, 5, 4, 2, 9, 9, 3, 2, 5, 2, 1,
     ];
     put("usb_devices", "honest", &honest)?;
     for lie in [0xc0, 0xe0, 0xe8, 0xf0, 0xf4, 0xf7, 0xfb, 0xfd, 0xff] {

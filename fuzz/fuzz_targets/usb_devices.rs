@@ -1,0 +1,3 @@
+#![no_main]
+
+anykernel_fuzz::fuzz_target!("usb_devices");
