@@ -201,7 +201,9 @@ impl World {
         let buffers = if op == Op::Flush { Vec::new() } else { vec![vec![fill; 4096].into()] };
         self.requests.lock().expect("no panic").under_way += 1;
         let request = Request { op, sector, buffers, done: Arc::new(Back(self.requests.clone())), tag: 0 };
-        let _ = disk.submit_and_poll(request);
+        if disk.submit_and_poll(request).is_err() {
+            self.requests.lock().expect("no panic").under_way -= 1;
+        }
     }
 
     fn act(&mut self, input: &mut Input) {
