@@ -5,8 +5,8 @@ use super::bus::{Cell, ModelBus, ModelHost, Plugged};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use hypercall::testing::{TestHost, UsbModel, UsbReply, UsbStandard, usb_reply};
 use hypercall::UsbSpeed;
+use hypercall::testing::{TestHost, UsbModel, UsbReply, UsbStandard, usb_reply};
 use std::sync::Mutex;
 
 /// A hub with a number of ports. The handle stays with the test; what is plugged in is a copy of it.
