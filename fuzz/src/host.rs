@@ -414,6 +414,15 @@ impl DmaMemory {
         self.slice(usize::try_from(addr.checked_sub(DMA_BASE)?).ok()?, len)
     }
 
+    /// Whether a driver shares these bytes with its device now.
+    pub fn is_shared(&self, addr: u64, len: usize) -> bool {
+        let Some(at) = addr.checked_sub(DMA_BASE).and_then(|at| usize::try_from(at).ok()) else {
+            return false;
+        };
+        let block = self.blocks.range(..=at).next_back();
+        block.is_some_and(|(start, (room, _))| at.saturating_add(len) <= start + room)
+    }
+
     /// How much of it is or was in use.
     pub fn used(&self) -> usize {
         self.next

@@ -1,7 +1,7 @@
 //! FAT: a damaged volume is used as far as it goes; a whole one is used like a model, checked, unmounted, checked by
 //! [`super::fsck`], mounted and checked again.
 
-use super::disk::{Changes, Overlay, patch};
+use super::disk::{Changes, Overlay, patch, peek};
 use super::{fsck, images};
 use crate::host::FuzzHost;
 use crate::input::Input;
@@ -11,6 +11,9 @@ use anykernel::fs::{FileKind, FileSystem, FsError, FsType, Inode};
 use anykernel_vfs::fat::VFat;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Bits of a table's entry, by image.
+const WIDTHS: [usize; 3] = [12, 16, 32];
 
 const NAMES: [&str; 14] = [
     "A.TXT",
@@ -324,8 +327,32 @@ fn same(path: &str, inode: &Arc<dyn Inode>, content: &[u8]) {
     assert!(now == content, "the content of {path}");
 }
 
-/// Damages a volume as the input says.
-fn damage(base: &'static [u8], input: &mut Input) -> Changes {
+/// Clusters of a volume that belong to something.
+fn used_clusters(base: &[u8], width: usize, fat: usize, fat_bytes: usize) -> Vec<u32> {
+    let links = (fat_bytes * 8 / width) as u32;
+    (2..links).filter(|cluster| link(base, &Changes::new(), width, fat, *cluster) != 0).collect()
+}
+
+/// The entry of a cluster in the table at `fat`, whose entries have `width` bits.
+fn link(base: &[u8], changes: &Changes, width: usize, fat: usize, cluster: u32) -> u32 {
+    let bit = cluster as usize * width;
+    let mut raw = [0; 4];
+    peek(base, changes, fat + bit / 8, &mut raw);
+    (u32::from_le_bytes(raw) >> (bit % 8)) & (u32::MAX >> (32 - width))
+}
+
+/// Gives a cluster another entry.
+fn relink(base: &[u8], changes: &mut Changes, width: usize, fat: usize, cluster: u32, to: u32) {
+    let bit = cluster as usize * width;
+    let mask = (u32::MAX >> (32 - width)) << (bit % 8);
+    let mut raw = [0; 4];
+    peek(base, changes, fat + bit / 8, &mut raw);
+    let value = u32::from_le_bytes(raw) & !mask | to << (bit % 8) & mask;
+    patch(base, changes, fat + bit / 8, &value.to_le_bytes());
+}
+
+/// Damages a volume as the input says: bytes of its structures, and where the chains of its files lead.
+fn damage(base: &'static [u8], width: usize, input: &mut Input) -> Changes {
     let mut changes = Changes::new();
     let word = |at: usize| usize::from(u16::from_le_bytes([base[at], base[at + 1]]));
     let fat = word(14) * 512;
@@ -341,7 +368,21 @@ fn damage(base: &'static [u8], input: &mut Input) -> Changes {
         (fat, fat_bytes),
         (0, 512),
     ];
-    for _ in 0..1 + (input.u8() & 7) {
+    let count = input.u8();
+    if count & 0x80 != 0 {
+        let used = used_clusters(base, width, fat, fat_bytes);
+        for _ in 0..1 + (count >> 3 & 3) {
+            let (from, how) = (input.pick(&used), input.u8());
+            let to = match how >> 6 {
+                0 => [0, 1, u32::MAX, u32::MAX - 8][usize::from(how & 3)],
+                1 => from.wrapping_add(u32::from(how & 15)).wrapping_sub(8),
+                _ => input.pick(&used),
+            };
+            relink(base, &mut changes, width, fat, from, to);
+        }
+        return changes;
+    }
+    for _ in 0..1 + (count & 7) {
         let (start, len) = input.pick(&regions);
         let at = start + input.below(len);
         let how = input.u8();
@@ -370,9 +411,10 @@ pub fn execute(data: &[u8]) -> Option<Vec<u8>> {
     let mut input = Input::new(data);
     let how = input.u8();
     let all = images::fat();
-    let base: &'static [u8] = &all[usize::from(how) % all.len()];
+    let which = usize::from(how) % all.len();
+    let base: &'static [u8] = &all[which];
     let whole = how & 0x80 == 0;
-    let changes = if whole { Changes::new() } else { damage(base, &mut input) };
+    let changes = if whole { Changes::new() } else { damage(base, WIDTHS[which], &mut input) };
     let host = FuzzHost::fresh();
     let disk = Overlay::new(base, changes, false);
     let mut machine = Machine { host, disk: disk.clone(), fs: None, model: None };

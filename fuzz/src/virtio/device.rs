@@ -31,6 +31,16 @@ struct Chain {
     segments: Vec<(u64, u32, bool)>,
 }
 
+/// A word of shared memory that changes between looks: after so many ticks it is swapped with another, at each of so many
+/// ticks.
+#[derive(Debug, Clone, Copy)]
+struct Change {
+    wait: u8,
+    swaps: u8,
+    at: u64,
+    other: [u8; 4],
+}
+
 /// What both sides of the harness know.
 #[derive(Default)]
 pub struct Shared {
@@ -67,6 +77,9 @@ pub struct Hostile {
     lie: Option<(u8, u32)>,
     /// A place that is put back: after so many ticks, where, what.
     restore: Option<(u8, u64, [u8; 4])>,
+    /// What becomes of the entry that is given back next, or of its length.
+    trap: Option<(Change, bool)>,
+    change: Option<Change>,
 }
 
 /// What a sector of the disk holds.
@@ -122,6 +135,8 @@ impl Hostile {
             pending: Vec::new(),
             lie: None,
             restore: None,
+            trap: None,
+            change: None,
             input,
         }
     }
@@ -148,8 +163,13 @@ impl Hostile {
             let Some(head) = read16(dma, queue.avail + 4 + 2 * slot) else { return };
             queue.taken = queue.taken.wrapping_add(1);
             let mut chain = Chain { queue: index, head, segments: Vec::new() };
-            walk(dma, queue.desc, u64::from(head), &mut chain.segments, true);
+            let walked = walk(dma, queue, head, &mut chain.segments);
             self.pending.push(chain);
+            // Who lied may have changed it himself.
+            let honest = !self.shared.lock().unwrap_or_else(PoisonError::into_inner).lied;
+            if let (true, Err(wrong)) = (honest, walked) {
+                panic!("the driver offers a chain that {wrong}");
+            }
         }
     }
 
@@ -164,6 +184,9 @@ impl Hostile {
         queue.returned = queue.returned.wrapping_add(1);
         if let Some(index) = dma.at(queue.used + 2, 2) {
             index.copy_from_slice(&queue.returned.to_le_bytes());
+        }
+        if let Some((change, in_length)) = self.trap.take() {
+            self.change = Some(Change { at: at + if in_length { 4 } else { 0 }, ..change });
         }
         self.isr |= 1;
         self.interrupt = true;
@@ -312,6 +335,13 @@ impl Hostile {
                     self.give(dma, &chain, chain.head.into(), 1);
                 }
             }
+            15 => {
+                let value = self.input.pick(&[u32::MAX, 0, 1, 2, queue.size, 0x1_0000, 512, 0x8000_0000]);
+                self.lied();
+                let swaps = if kind & 0x80 != 0 { 1 } else { 16 };
+                let change = Change { wait: kind >> 5 & 3, swaps, at: 0, other: value.to_le_bytes() };
+                self.trap = Some((change, kind & 0x10 != 0));
+            }
             _ => {}
         }
     }
@@ -371,21 +401,42 @@ fn read16(dma: &mut DmaMemory, at: u64) -> Option<u16> {
     Some(u16::from_le_bytes(dma.at(at, 2)?.try_into().ok()?))
 }
 
-fn walk(dma: &mut DmaMemory, table: u64, mut at: u64, segments: &mut Vec<(u64, u32, bool)>, direct: bool) {
+/// Walks a chain (2.7.5), as far as it goes. The error says what is wrong with it.
+fn walk(
+    dma: &mut DmaMemory,
+    queue: &Queue,
+    head: u16,
+    segments: &mut Vec<(u64, u32, bool)>,
+) -> Result<(), &'static str> {
+    let (mut table, mut entries, mut at) = (queue.desc, queue.size, u32::from(head));
+    let mut direct = true;
+    // More than any table has, so that a loop ends.
     for _ in 0..300 {
-        let Some(raw) = dma.at(table + 16 * at, 16) else { return };
+        if at >= entries {
+            return Err("leaves its table");
+        }
+        let raw = dma.at(table + 16 * u64::from(at), 16).ok_or("is not in shared memory")?;
         let addr = u64::from_le_bytes(raw[..8].try_into().expect("8 bytes"));
         let len = u32::from_le_bytes(raw[8..12].try_into().expect("4 bytes"));
         let (flags, next) = (raw[12], u16::from_le_bytes([raw[14], raw[15]]));
+        if !dma.is_shared(addr, len as usize) {
+            segments.push((addr, len, flags & 2 != 0));
+            return Err("names memory that is not shared");
+        }
         if flags & 4 != 0 && direct {
-            return walk(dma, addr, 0, segments, false);
+            (table, entries, at, direct) = (addr, len / 16, 0, false);
+            continue;
+        }
+        if flags & 2 == 0 && segments.last().is_some_and(|segment| segment.2) {
+            return Err("is to be read after what is to be written");
         }
         segments.push((addr, len, flags & 2 != 0));
         if flags & 1 == 0 {
-            return;
+            return Ok(());
         }
         at = next.into();
     }
+    Err("has no end")
 }
 
 /// A request of virtio-blk (5.2.6) for a disk of patterned sectors.
@@ -459,7 +510,7 @@ impl Device for Hostile {
                 self.resetting = true;
                 self.status = 0;
                 self.pending.clear();
-                self.restore = None;
+                (self.restore, self.change) = (None, None);
                 self.queues = [Queue::default(); QUEUES];
             }
             (0x70, _) => {
@@ -483,6 +534,16 @@ impl Device for Hostile {
                     place.copy_from_slice(&old[..2]);
                 }
             }
+        }
+        match &mut self.change {
+            Some(change) if change.wait > 0 => change.wait -= 1,
+            Some(change) if change.swaps > 0 => {
+                change.swaps -= 1;
+                if let Some(place) = dma.at(change.at, 4) {
+                    place.swap_with_slice(&mut change.other);
+                }
+            }
+            _ => self.change = None,
         }
         if self.wait > 0 {
             self.wait -= 1;
