@@ -243,6 +243,14 @@ fn corpus(top: &Path) -> Result<()> {
         put("xhci", &format!("lie-{lie:02}"), &[&[20, 0][..], &story].concat())?;
         put("xhci", &format!("late-{lie:02}"), &[&[255, 0][..], &story].concat())?;
     }
+    // The same on PCI: one after another a line, vectors, and one or two capabilities that say something else.
+    for (number, told) in [&[0u8][..], &[0x10], &[1, 80, 2], &[0x12, 108, 0, 76, 15]].into_iter().enumerate()
+    {
+        let (ops, device) = ([3u8, 1, 0, 5, 8, 4, 5, 11, 2, 3, 9, 5], [0, 0, 0, 0, 0, 20, 0, 4, 4, 0, 3, 2]);
+        put("virtio_blk", &format!("pci-{number}"), &[&[0x10, 12, 0], &ops[..], told, &device].concat())?;
+        let (ops, device) = ([0u8, 60, 0, 7, 2, 4, 0, 90, 0, 5, 7, 0], [0, 0, 0, 0, 0, 40, 0, 2, 3, 1]);
+        put("virtio_net", &format!("pci-{number}"), &[&[0x10, 12, 0], &ops[..], told, &device].concat())?;
+    }
     Ok(())
 }
 

@@ -59,7 +59,8 @@ struct State {
     seed: u64,
     threads: VecDeque<Entry>,
     link: Link,
-    signal: Option<Arc<Signal>>,
+    signals: Vec<(IrqId, Arc<Signal>)>,
+    next_irq: u32,
     memory_bytes: u64,
     refuse_threads: bool,
 }
@@ -132,10 +133,9 @@ impl FuzzHost {
         device.tick(&mut lock(&self.0.dma));
         let raise = device.interrupt();
         if raise {
-            let signal = lock(&self.0.state).signal.clone();
-            if let Some(signal) = signal {
-                signal.raise(&self);
-            }
+            let signals: Vec<Arc<Signal>> =
+                lock(&self.0.state).signals.iter().map(|(_, signal)| signal.clone()).collect();
+            signals.iter().for_each(|signal| signal.raise(&self));
         }
     }
 
@@ -517,7 +517,9 @@ impl Mmio for FuzzHost {
     }
     fn mmio_read(&self, region: MmioRegion, offset: usize, width: Width) -> u64 {
         assert!(region.holds(offset, width), "read of {width:?} at {offset:#x} outside {region:?}");
-        self.with_device(|device, dma| device.read(dma, region.base() + offset, width)).unwrap_or(u64::MAX)
+        let value = self.with_device(|device, dma| device.read(dma, region.base() + offset, width));
+        // No bus is wider than the access.
+        value.unwrap_or(u64::MAX) & (u64::MAX >> (64 - 8 * width.bytes()))
     }
     fn mmio_write(&self, region: MmioRegion, offset: usize, width: Width, value: u64) {
         assert!(region.holds(offset, width), "write of {width:?} at {offset:#x} outside {region:?}");
@@ -560,11 +562,17 @@ impl Pci for FuzzHost {
 
 impl Irq for FuzzHost {
     fn irq_attach(&self, _: IrqSource, _: CpuId, signal: Arc<Signal>) -> Result<IrqId> {
-        lock(&self.0.state).signal = Some(signal);
-        Ok(IrqId(0))
+        let mut state = lock(&self.0.state);
+        let id = IrqId(state.next_irq);
+        state.next_irq += 1;
+        state.signals.push((id, signal));
+        Ok(id)
     }
     fn irq_unmask(&self, _: IrqId) {}
-    fn irq_detach(&self, _: IrqId) {
-        lock(&self.0.state).signal = None;
+    fn irq_detach(&self, id: IrqId) {
+        let mut state = lock(&self.0.state);
+        let at =
+            state.signals.iter().position(|(known, _)| *known == id).expect("an interrupt that is attached");
+        state.signals.swap_remove(at);
     }
 }

@@ -8,6 +8,7 @@ mod images;
 mod install;
 mod matrix;
 mod module;
+mod plants;
 mod sh;
 mod test;
 

@@ -1,9 +1,10 @@
-//! A virtio-mmio device (VirtIO 1.2, 4.2) that is honest until the input says otherwise.
+//! A virtio device that is honest until the input says otherwise, with the registers of virtio-mmio (VirtIO 1.2, 4.2).
 //!
 //! Its stream is a list of events: so many ticks from now, this lie. There is a tick at every hypercall and before every
 //! look of the driver at shared memory, so anything may change between any two looks.
 
-use crate::host::{Device, DmaMemory};
+use super::pci::OnPci;
+use crate::host::{Device, DmaMemory, FuzzHost};
 use crate::input::Input;
 use crate::watch;
 use hypercall::Width;
@@ -87,17 +88,35 @@ pub fn sector_byte(sector: u64, at: usize) -> u8 {
     (sector as u8).wrapping_mul(31) ^ at as u8
 }
 
+/// Puts a device of type `kind` (1 network, 2 block) with this configuration space behind a host, on virtio-mmio or PCI.
+pub fn plug(
+    host: FuzzHost,
+    on_pci: bool,
+    mut input: Input,
+    shared: Arc<Mutex<Shared>>,
+    kind: u32,
+    features: u64,
+    config: Vec<u8>,
+) {
+    if on_pci {
+        let device = |input| Hostile::new(input, true, shared, kind, features, config);
+        host.set_device(OnPci::new(&mut input, kind, device));
+    } else {
+        host.set_device(Hostile::new(input, false, shared, kind, features, config));
+    }
+}
+
 impl Hostile {
-    /// A device of type `kind` (1 network, 2 block) with this configuration space.
-    pub fn new(
+    fn new(
         mut input: Input,
+        modern: bool,
         shared: Arc<Mutex<Shared>>,
         kind: u32,
         features: u64,
         mut config: Vec<u8>,
     ) -> Self {
         let how = input.u8();
-        let legacy = how & 1 != 0;
+        let legacy = how & 1 != 0 && !modern;
         let mut offered = features | 1 << 28 | 1 << 29 | if legacy { 0 } else { 1 << 32 };
         // Features that are switched off one by one.
         offered &= !u64::from(input.u32());
@@ -145,8 +164,24 @@ impl Hostile {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lied(&self) {
+    /// From now on nothing can be expected of the data.
+    pub(super) fn lied(&self) {
         self.shared().lied = true;
+    }
+
+    pub(super) fn is_honest(&self) -> bool {
+        !self.shared().lied
+    }
+
+    /// What a register says: the value, or the lie that is told now.
+    pub(super) fn or_lie(&mut self, value: u64) -> u64 {
+        let Some((times, lie)) = &mut self.lie else { return value };
+        *times -= 1;
+        let lie = *lie;
+        if *times == 0 {
+            self.lie = None;
+        }
+        lie.into()
     }
 
     /// Takes what the driver offered on a queue.
@@ -346,16 +381,8 @@ impl Hostile {
         }
     }
 
-    /// What a register says.
-    fn look(&mut self, offset: usize, width: Width) -> u64 {
-        if let Some((times, value)) = &mut self.lie {
-            *times -= 1;
-            let value = *value;
-            if *times == 0 {
-                self.lie = None;
-            }
-            return value.into();
-        }
+    /// What a register holds.
+    fn look(&self, offset: usize, width: Width) -> u64 {
         if offset >= 0x100 {
             let byte = |at: usize| u64::from(self.config.get(offset - 0x100 + at).copied().unwrap_or(0));
             return (0..width.bytes()).rev().fold(0, |value, at| value << 8 | byte(at));
@@ -466,6 +493,7 @@ fn serve_disk(dma: &mut DmaMemory, chain: &Chain) -> u32 {
 impl Device for Hostile {
     fn read(&mut self, _: &mut DmaMemory, offset: usize, width: Width) -> u64 {
         let value = self.look(offset, width);
+        let value = self.or_lie(value);
         if offset == 0x70 && self.resetting && value & 0xff != 0 {
             // It may still write to what it was given: the driver must never use that memory again.
             watch::allow_leak();

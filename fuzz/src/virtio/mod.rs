@@ -3,3 +3,4 @@
 pub mod blk;
 pub mod device;
 pub mod net;
+mod pci;

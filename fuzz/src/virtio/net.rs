@@ -1,6 +1,6 @@
 //! The virtio-net driver.
 
-use super::device::{Hostile, Shared};
+use super::device::{Shared, plug};
 use crate::host::FuzzHost;
 use crate::input::Input;
 use crate::watch;
@@ -77,7 +77,7 @@ pub fn run(data: &[u8]) {
     let mut config = vec![2, 0, 0, 0, 0, 9, 1, 0, 1, 0];
     config.extend(1500u16.to_le_bytes());
     let shared = Arc::new(Mutex::new(Shared::default()));
-    host.set_device(Hostile::new(input, shared.clone(), 1, features, config));
+    plug(host, how & 0x10 != 0, input, shared.clone(), 1, features, config);
     let kernel = Kernel::new(host, Config::default());
     anykernel_virtio::probe(&kernel).expect("the host has every contract");
     let mut story = Story { input: operations, shared, received: 0 };
