@@ -26,7 +26,7 @@ const PLANTS: [Plant; 7] = [
         place: "the driver offers a chain that",
     },
     Plant { name: "unchecked-extent", target: "ext4", runs: 100_000, place: "vfs/src/ext4/map.rs" },
-    Plant { name: "fat-cluster-loop", target: "fat", runs: 50_000, place: "vfs/src/fat/chain.rs" },
+    Plant { name: "fat-cluster-loop", target: "fat", runs: 50_000, place: "allocation of" },
     Plant { name: "dns-compression-loop", target: "dns", runs: 200_000, place: "net/src/dns.rs" },
     Plant { name: "tcp-urgent-overflow", target: "tcp", runs: 200_000, place: "net/src/packet.rs" },
     Plant { name: "http-range-overflow", target: "http", runs: 200_000, place: "httpd/src/range.rs" },
