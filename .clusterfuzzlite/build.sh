@@ -1,7 +1,13 @@
 #!/bin/bash -eu
 # Every target with its seeds, regressions and dictionary, as OSS-Fuzz and ClusterFuzzLite want them.
 cd "$SRC/anykernel/fuzz"
-cargo fuzz build -O --debug-assertions
+# What rustc has no sanitizer for, and builds for coverage.
+sanitizer=${SANITIZER:-address}
+case $sanitizer in
+  address | leak | memory | thread) ;;
+  *) sanitizer=none ;;
+esac
+cargo fuzz build -O --debug-assertions --sanitizer "$sanitizer"
 for program in fuzz_targets/*.rs; do
   name=$(basename "$program" .rs)
   cp "target/x86_64-unknown-linux-gnu/release/$name" "$OUT/"

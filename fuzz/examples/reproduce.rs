@@ -4,6 +4,9 @@
 use anykernel_fuzz::{Target, watch};
 use std::process::ExitCode;
 
+/// An input that takes longer has no end.
+const PATIENCE_SECONDS: u32 = 20;
+
 fn main() -> ExitCode {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|first| first == "--list") {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
             true => file.splitn(2, |byte| *byte == b'\n').nth(1).unwrap_or_default(),
             false => &file,
         };
+        watch::tell_hang(PATIENCE_SECONDS);
         target.execute(input);
         if !many {
             println!("{path}: passed");

@@ -89,10 +89,11 @@ macro_rules! fuzz_target {
 }
 
 /// What the environment asks for, before the first execution: the bug that `ANYKERNEL_PLANT` names grows, if the build has
-/// plants, and with `ANYKERNEL_TELL_REFUSALS` a refused allocation prints its place.
+/// plants, and with `ANYKERNEL_TELL_PLACE` a refused allocation and an input that takes so many seconds print their place.
 pub fn prepare() {
-    if std::env::var_os("ANYKERNEL_TELL_REFUSALS").is_some() {
+    if let Some(seconds) = std::env::var("ANYKERNEL_TELL_PLACE").ok().and_then(|value| value.parse().ok()) {
         watch::tell_refusals();
+        watch::tell_hang(seconds);
     }
     if let Ok(name) = std::env::var("ANYKERNEL_PLANT") {
         #[cfg(feature = "planted")]

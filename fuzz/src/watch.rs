@@ -16,6 +16,7 @@ std::thread_local! {
     static REFUSED: Cell<usize> = const { Cell::new(0) };
     static LEAKS: Cell<bool> = const { Cell::new(false) };
     static TELL: Cell<bool> = const { Cell::new(false) };
+    static PATIENCE: Cell<u32> = const { Cell::new(0) };
 }
 
 /// The system's allocator with a bound for each execution. Beyond it an allocation fails, as on a machine that has no
@@ -93,6 +94,22 @@ static ALLOCATOR: Bounded = Bounded;
 /// From now on a refused allocation prints where it was asked for. Slow.
 pub fn tell_refusals() {
     TELL.set(true);
+}
+
+/// Unless it is called again within so many seconds, this process ends, and prints where it was. For processes that run
+/// one input at a time: no fuzzer may use the alarm.
+pub fn tell_hang(seconds: u32) {
+    // It allocates where it must not, so that a hang inside the allocator is not told. The process ends anyway.
+    extern "C" fn late(_: libc::c_int) {
+        panic!("no end within {} s", PATIENCE.get());
+    }
+    PATIENCE.set(seconds);
+    let handler: extern "C" fn(libc::c_int) = late;
+    // SAFETY: the handler has the type that `signal` wants, and does not return.
+    unsafe {
+        libc::signal(libc::SIGALRM, handler as libc::sighandler_t);
+        libc::alarm(seconds);
+    }
 }
 
 /// Steps taken by this execution so far.

@@ -12,6 +12,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 const QUEUES: usize = 3;
+/// `VIRTIO_F_EVENT_IDX`.
+const EVENT_IDX: u64 = 1 << 29;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Queue {
@@ -117,7 +119,7 @@ impl Hostile {
     ) -> Self {
         let how = input.u8();
         let legacy = how & 1 != 0 && !modern;
-        let mut offered = features | 1 << 28 | 1 << 29 | if legacy { 0 } else { 1 << 32 };
+        let mut offered = features | 1 << 28 | EVENT_IDX | if legacy { 0 } else { 1 << 32 };
         // Features that are switched off one by one.
         offered &= !u64::from(input.u32());
         // What it holds back may come too late.
@@ -192,7 +194,7 @@ impl Hostile {
         for _ in 0..queue.size {
             let Some(avail) = read16(dma, queue.avail + 2) else { return };
             if avail == queue.taken {
-                return;
+                break;
             }
             let slot = u64::from(queue.taken) % u64::from(queue.size);
             let Some(head) = read16(dma, queue.avail + 4 + 2 * slot) else { return };
@@ -204,6 +206,13 @@ impl Hostile {
             let honest = !self.shared.lock().unwrap_or_else(PoisonError::into_inner).lied;
             if let (true, Err(wrong)) = (honest, walked) {
                 panic!("the driver offers a chain that {wrong}");
+            }
+        }
+        if self.accepted & EVENT_IDX != 0 {
+            // It wants to be told of the next one (2.7.10).
+            let event = queue.used + 4 + 8 * u64::from(queue.size);
+            if let Some(place) = dma.at(event, 2) {
+                place.copy_from_slice(&queue.taken.to_le_bytes());
             }
         }
     }

@@ -4,7 +4,7 @@ use super::Options;
 use crate::Failure;
 use crate::qemu::build as tool;
 use hypercall::layers::recorded::{SEED, digest, mix};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What watches memory beside the language.
@@ -68,6 +68,17 @@ fn cargo() -> Result<Command, Failure> {
     command.current_dir(folder()?);
     // Whatever a surrounding cargo set for its own build.
     command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("CARGO_TARGET_DIR");
+    Ok(command)
+}
+
+/// A program of the harness, to be started at the top of the tree: so the paths of its stacks are always the same.
+pub(super) fn start(program: &Path) -> Result<Command, Failure> {
+    let mut command = Command::new(program);
+    command.current_dir(tool::workspace()?);
+    if std::env::var_os("ASAN_OPTIONS").is_none() {
+        // Where llvm-symbolizer is not installed.
+        command.env("ASAN_OPTIONS", "allow_addr2line=1");
+    }
     Ok(command)
 }
 
@@ -193,10 +204,11 @@ pub(super) fn program(name: &str, options: &Options) -> Result<PathBuf, Failure>
 /// The folders of a target; those that are written to exist.
 pub(super) fn folders(target: &str, plant: Option<&str>) -> Result<Folders, Failure> {
     let top = folder()?;
-    // What a planted bug leads to is no seed for anybody, and it has to be found anew each time.
+    // What a planted bug leads to is no seed for anybody, and it has to be found anew each time. What finds nothing without
+    // it is the same search.
     let corpus = match plant {
         Some(plant) => {
-            let corpus = top.join("target/planted-corpus").join(plant);
+            let corpus = top.join("target/planted-corpus").join(plant).join(target);
             let _ = std::fs::remove_dir_all(&corpus);
             corpus
         }

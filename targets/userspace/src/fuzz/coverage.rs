@@ -40,8 +40,11 @@ pub fn report(target: &str) -> Result<PathBuf, Failure> {
     command.args(["merge", "-sparse"]).arg(&raw).arg("-o").arg(&data);
     tool::step("merging", command)?;
     let mut command = Command::new(show);
-    command.args(["show", "--format=html", "--ignore-filename-regex=/registry/|/rustlib/|/rustc/|/fuzz/"]);
-    command.arg(format!("--instr-profile={}", data.display())).arg("--output-dir").arg(&output).arg(&program);
+    command.args(["show", "--format=html", "--instr-profile"]).arg(&data);
+    command.arg("--output-dir").arg(&output).arg(&program).arg("--sources");
+    // What is attacked; not the harness, nor libraries.
+    let tree = tool::workspace()?;
+    command.args(["anykernel/src", "components", "examples", "hypercall/src"].map(|folder| tree.join(folder)));
     tool::step("writing the report", command)?;
     Ok(output.join("index.html"))
 }

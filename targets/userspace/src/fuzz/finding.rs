@@ -3,6 +3,7 @@
 use super::Options;
 use super::build::{self, Folders};
 use super::reproducer::Reproducer;
+use super::worker;
 use crate::Failure;
 use crate::qemu::die_with_parent;
 use std::os::unix::process::CommandExt;
@@ -12,8 +13,14 @@ use std::time::Duration;
 
 /// How long an input is made smaller, in seconds.
 const MINIMISE_SECONDS: u64 = 10;
-/// How long a reproducer may take: several times what the fuzzer allows an input.
+/// How long a reproducer may take: more than it takes to say where it hangs.
 const REPRODUCE: Duration = Duration::from_secs(60);
+/// How long one input may take when it is run alone. As long as the fuzzer allows, so that a finding is one again.
+const ALONE: Duration = Duration::from_secs(worker::TIMEOUT);
+/// The same while it is made smaller: every attempt that hangs takes so long.
+const SMALLER_SECONDS: u64 = 2;
+/// How what an input without end is called begins.
+const HANG: &str = "no end within ";
 /// Frames of the stack that tell one bug from another.
 const FRAMES: usize = 3;
 
@@ -23,6 +30,7 @@ pub(super) struct Finding {
     pub(super) what: String,
     pub(super) reproducer: PathBuf,
     pub(super) times: usize,
+    bug: String,
     stack: Vec<String>,
     bytes: usize,
 }
@@ -52,22 +60,23 @@ pub(super) fn examine(
 ) -> Result<usize, Failure> {
     let (mut what, mut stack) = read(said);
     if stack.is_empty() {
-        // It ended without a panic, for memory or time: once more, with the place of a refused allocation.
-        (what, stack) = read(&once(program, options, artifact, Duration::from_secs(30)));
+        // It ended without a place, for memory or time: once more, so that it tells.
+        (what, stack) = read(&once(program, options, artifact)?);
     }
-    if let Some(known) = findings.iter().position(|finding| finding.what == what && finding.stack == stack) {
+    let bug = number(&what, &stack);
+    if let Some(known) = findings.iter().position(|finding| finding.bug == bug) {
         findings[known].times += 1;
         let _ = std::fs::remove_file(artifact);
         return Ok(known);
     }
-    let smallest = minimise(program, options, artifact, &stack);
+    let smallest = minimise(program, options, artifact, &bug);
     let input = std::fs::read(smallest.as_deref().unwrap_or(artifact))
         .map_err(|error| Failure::new(format!("{}: {error}", artifact.display())))?;
     let file = Reproducer {
         target: options.target.clone(),
         plant: options.planted().map(str::to_owned),
         harness: build::harness()?,
-        bug: number(&what, &stack),
+        bug: bug.clone(),
         input,
     };
     let reproducer = folders.artifacts.join(format!("{}.repro", file.bug));
@@ -77,41 +86,52 @@ pub(super) fn examine(
     for path in [Some(artifact.to_path_buf()), smallest].into_iter().flatten() {
         let _ = std::fs::remove_file(path);
     }
-    findings.push(Finding { what, reproducer, times: 1, stack, bytes });
+    findings.push(Finding { what, reproducer, times: 1, bug, stack, bytes });
     Ok(findings.len() - 1)
 }
 
-/// FNV-1a over what makes the bug, so that its file has the same name every time.
+/// FNV-1a over what makes the bug, so that its file has the same name every time: where it was, whatever the message says of
+/// this input. Only a finding without a stack is told apart by its message.
 fn number(what: &str, stack: &[String]) -> String {
-    let bytes =
-        stack.iter().flat_map(|frame| frame.bytes()).chain(what.bytes().filter(|b| !b.is_ascii_digit()));
-    let number =
-        bytes.fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let place = what.rsplit_once(" (").map_or("", |(_, place)| short(place));
+    let message = what.bytes().filter(|byte| !byte.is_ascii_digit());
+    let number = |bytes: &mut dyn Iterator<Item = u8>| {
+        bytes.fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+    };
+    let number = match stack {
+        [] => number(&mut message.into_iter()),
+        _ => number(&mut stack.iter().flat_map(|frame| frame.bytes()).chain(place.bytes())),
+    };
     format!("{number:08x}")
 }
 
 /// Makes the input smaller as long as it shows the same bug.
-fn minimise(program: &Path, options: &Options, artifact: &Path, stack: &[String]) -> Option<PathBuf> {
+fn minimise(program: &Path, options: &Options, artifact: &Path, bug: &str) -> Option<PathBuf> {
     let small = artifact.with_extension("small");
-    let mut command = Command::new(program);
+    let mut command = build::start(program).ok()?;
     command.arg("-minimize_crash=1").arg(format!("-max_total_time={MINIMISE_SECONDS}"));
+    command.arg(format!("-timeout={SMALLER_SECONDS}"));
     command.arg(format!("-exact_artifact_path={}", small.display())).arg(artifact);
     options.plant(&mut command);
     run(command, Duration::from_secs(3 * MINIMISE_SECONDS));
     // libFuzzer takes any crash for the same one.
-    let same = small.is_file() && read(&once(program, options, &small, Duration::from_secs(30))).1 == stack;
-    if same {
-        return Some(small);
+    if small.is_file() {
+        let (what, stack) = read(&once(program, options, &small).ok()?);
+        if number(&what, &stack) == bug {
+            return Some(small);
+        }
     }
     let _ = std::fs::remove_file(&small);
     None
 }
 
-fn once(program: &Path, options: &Options, input: &Path, most: Duration) -> String {
-    let mut command = Command::new(program);
-    command.arg("-timeout=20").arg(input).env("ANYKERNEL_TELL_REFUSALS", "1");
+/// Runs one input, which says where it hangs and where it wants too much.
+fn once(program: &Path, options: &Options, input: &Path) -> Result<String, Failure> {
+    let mut command = build::start(program)?;
+    // The fuzzer's own alarm is off.
+    command.arg("-timeout=0").arg(input).env("ANYKERNEL_TELL_PLACE", ALONE.as_secs().to_string());
     options.plant(&mut command);
-    run(command, most).said
+    Ok(run(command, 3 * ALONE).said)
 }
 
 /// What a program did.
@@ -178,8 +198,10 @@ fn read(said: &str) -> (String, Vec<String>) {
         .by_ref()
         .take_while(|line| !line.starts_with("stack backtrace:") && !line.starts_with("   0:"))
         .collect();
+    let hangs = message.first().is_some_and(|line| line.starts_with(HANG));
     let (mut stack, mut function) = (Vec::new(), None);
-    for line in lines {
+    // The first stack only: when this ends the process, a second one may follow.
+    for line in lines.take_while(|line| line.starts_with(' ')) {
         let line = line.trim();
         if let Some((number, name)) = line.split_once(": ")
             && number.bytes().all(|byte| byte.is_ascii_digit())
@@ -189,21 +211,28 @@ fn read(said: &str) -> (String, Vec<String>) {
             && is_ours(path)
             && stack.len() < FRAMES
         {
-            stack.push(frame(name, path));
+            let frame = frame(name, path);
+            // Where in a function an endless loop was met is chance.
+            let place = frame.rsplit_once(':').filter(|_| hangs).map(|(place, _)| place.to_owned());
+            stack.push(place.unwrap_or(frame));
         }
     }
     let message = message.join(" ");
     (if message.is_empty() { place } else { format!("{message} ({place})") }, stack)
 }
 
+/// A path without the folders above.
+fn short(path: &str) -> &str {
+    ["/components/", "/anykernel/src", "/hypercall/src", "/examples/", "/fuzz/src/", "/registry/src/"]
+        .iter()
+        .find_map(|part| path.find(part))
+        .map_or(path, |at| &path[at + 1..])
+}
+
 /// A frame as it is shown, without column and the folders above.
 fn frame(name: &str, path: &str) -> String {
     let path = path.rsplit_once(':').map_or(path, |(path, _)| path);
-    let short = ["/components/", "/anykernel/src", "/hypercall/src", "/examples/", "/fuzz/"]
-        .iter()
-        .find_map(|part| path.find(part))
-        .map_or(path, |at| &path[at + 1..]);
-    format!("{name} at {short}")
+    format!("{name} at {}", short(path))
 }
 
 /// What AddressSanitizer said: the kind, which is its first word, and lines `#0 0x5581 in name path:line:column`, of which the
@@ -223,12 +252,21 @@ fn read_address_sanitizer(report: &str) -> (String, Vec<String>) {
     (format!("AddressSanitizer: {kind}"), stack)
 }
 
-/// Whether a frame is of this project, and not of the libraries, the language, or the watch over executions.
+/// What is on every stack: the libraries, the language, and the watch over executions.
+const NOT_OURS: [&str; 9] = [
+    "/rustc/",
+    "/rustlib/",
+    "/registry/",
+    "libfuzzer",
+    "src/watch.rs",
+    "src/host.rs",
+    "fuzz/src/lib.rs",
+    "fuzz/fuzz_targets/",
+    "fuzz/examples/",
+];
+
 fn is_ours(path: &str) -> bool {
-    !["/rustc/", "/rustlib/", "/registry/", "src/watch.rs", "src/host.rs", "libfuzzer"]
-        .iter()
-        .any(|part| path.contains(part))
-        && path.contains(".rs:")
+    path.contains(".rs:") && !NOT_OURS.iter().any(|part| path.contains(part))
 }
 
 /// Runs the input of a reproducer again, without a fuzzer around, and shows what happens: `Ok(true)` if something is found.
@@ -237,6 +275,7 @@ fn is_ours(path: &str) -> bool {
 /// Errors: it is no whole reproducer of this version; the harness does not build, or has no such target.
 pub fn reproduce(path: &Path, gdb: bool) -> Result<bool, Failure> {
     let shown = path.display();
+    let path = &std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
     let fail = |error: &dyn std::fmt::Display| Failure::new(format!("{shown}: {error}"));
     let file = std::fs::read(path).map_err(|error| fail(&error))?;
     let file = Reproducer::parse(&file).map_err(|error| fail(&error))?;
@@ -247,10 +286,10 @@ pub fn reproduce(path: &Path, gdb: bool) -> Result<bool, Failure> {
         );
     }
     let program = build::reproduce(file.plant.is_some())?;
-    let mut command = match gdb {
-        true => Command::new("gdb"),
-        false => Command::new(&program),
-    };
+    let mut command = build::start(match gdb {
+        true => Path::new("gdb"),
+        false => &program,
+    })?;
     if gdb {
         command.args(["-q", "-ex", "set breakpoint pending on", "-ex", "break rust_panic", "-ex", "run"]);
         command.arg("--args").arg(&program);
@@ -304,6 +343,24 @@ stack backtrace:
              at /home/me/.cargo/registry/src/index/libfuzzer-sys-0.4.13/libfuzzer/FuzzerMain.cpp:20:30
 ==8056== ERROR: libFuzzer: deadly signal";
 
+    const HANGS: &str = "thread '<unnamed>' (1) panicked at src/watch.rs:121:9:
+no end within 10 s
+stack backtrace:
+   0: anykernel_fuzz::watch::tell_hang::late
+             at ./fuzz/src/watch.rs:121:9
+   1: <unknown>
+   2: follow
+             at ./components/net/src/dns.rs:264:15
+   3: anykernel_fuzz::execute
+             at ./fuzz/src/lib.rs:77:5
+note: run with `RUST_BACKTRACE=full` for a verbose backtrace.
+thread '<unnamed>' (1) panicked at /rustc/59/library/core/src/panicking.rs:225:5:
+panic in a function that cannot unwind
+stack backtrace:
+   0: follow
+             at ./components/net/src/dns.rs:264:15
+";
+
     #[test]
     fn reads_what_a_crash_said() {
         let (what, stack) = read(SAID);
@@ -315,8 +372,16 @@ stack backtrace:
                 "wait<anykernel_fuzz::host::FuzzHost> at hypercall/src/irq.rs:50"
             ]
         );
-        // Numbers in a message do not make another bug.
-        assert_eq!(number(&what, &stack), number(&what.replace("at 0", "at 17"), &stack));
+        // What a message says of the input does not make another bug, another place does.
+        let bug = number(&what, &stack);
+        assert_eq!(bug, number(&what.replace("at 0", "after [1, 2]"), &stack));
+        assert_ne!(bug, number(&what.replace(":264:", ":265:"), &stack));
+        assert_ne!(bug, number(&what, &stack[..1]));
+        let (what, stack) = read(HANGS);
+        assert_eq!(what, "no end within 10 s (src/watch.rs:121:9)");
+        assert_eq!(stack, ["follow at components/net/src/dns.rs"]);
+        let again = HANGS.replace(":264:", ":271:").replace("10 s", "20 s");
+        assert_eq!(number(&read(&again).0, &read(&again).1), number(&what, &stack));
         let report = "==7==ERROR: AddressSanitizer: heap-use-after-free on address 0x602 at pc 0x55
 READ of size 1 at 0x602 thread T0
     #0 0x55 in read<u8> /rustc/5980/library/core/src/ptr/mod.rs:1700:9

@@ -105,7 +105,7 @@ pub fn run_all(options: &Options) -> Result<Vec<(String, Outcome)>, Failure> {
 /// Fuzzes with programs that were built.
 fn fuzz(options: &Options) -> Result<Outcome, Failure> {
     let program = build::program(&options.target, options)?;
-    let folders = build::folders(&options.target, options.planted())?;
+    let folders = build::folders(&options.target, options.plant.as_deref())?;
     let (send, events) = std::sync::mpsc::channel();
     let start = Instant::now();
     let end = (options.seconds > 0).then(|| start + Duration::from_secs(options.seconds));

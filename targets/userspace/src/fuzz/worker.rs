@@ -1,18 +1,18 @@
 //! One process of libFuzzer, and what it says.
 
 use super::Options;
-use super::build::Folders;
+use super::build::{self, Folders};
 use crate::Failure;
 use crate::qemu::die_with_parent;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// An input that takes longer, in seconds, is a finding.
-const TIMEOUT: u64 = 10;
+pub(super) const TIMEOUT: u64 = 10;
 /// Memory of the process, in MiB. An execution's own bound is in the harness.
 const MEMORY_MB: u64 = 2048;
 /// Lines kept of what it says at its end.
@@ -54,7 +54,7 @@ impl Worker {
         end: Option<Instant>,
         events: Sender<Event>,
     ) -> Result<Self, Failure> {
-        let mut command = Command::new(program);
+        let mut command = build::start(program)?;
         command.arg("-print_final_stats=1").arg("-max_len=4096");
         command.arg(format!("-timeout={TIMEOUT}")).arg(format!("-rss_limit_mb={MEMORY_MB}"));
         command.arg(format!("-artifact_prefix={}/", folders.artifacts.display()));
