@@ -44,7 +44,8 @@ pub fn report(target: &str) -> Result<PathBuf, Failure> {
     command.arg("--output-dir").arg(&output).arg(&program).arg("--sources");
     // What is attacked; not the harness, nor libraries.
     let tree = tool::workspace()?;
-    command.args(["anykernel/src", "components", "examples", "hypercall/src"].map(|folder| tree.join(folder)));
+    command
+        .args(["anykernel/src", "components", "examples", "hypercall/src"].map(|folder| tree.join(folder)));
     tool::step("writing the report", command)?;
     Ok(output.join("index.html"))
 }
