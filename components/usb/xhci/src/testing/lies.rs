@@ -41,7 +41,7 @@ impl Lies {
         this
     }
 
-    fn over(&self) -> bool {
+    pub(super) fn over(&self) -> bool {
         self.at >= self.bytes.len()
     }
 

@@ -73,6 +73,7 @@ pub struct Model {
     events: [EventRing; INTERRUPTERS],
     slots: [Option<Slot>; SLOTS + 1],
     interrupt: bool,
+    ticks: u32,
     link_states: Vec<u32>,
 }
 
@@ -114,6 +115,7 @@ impl Model {
             events: [EventRing::default(); INTERRUPTERS],
             slots: [const { None }; SLOTS + 1],
             interrupt: false,
+            ticks: 0,
             link_states: Vec::new(),
         }
     }
@@ -127,6 +129,11 @@ impl Model {
     /// Whether it says where its registers are. One that does not cannot be halted, so its driver leaves memory to it.
     pub fn can_be_halted(&self) -> bool {
         self.capabilities[0] & 0xff == OPERATIONAL as u32
+    }
+
+    /// Whether it has told its last lie.
+    pub fn is_honest(&self) -> bool {
+        self.lies.over()
     }
 
     /// Whether it wants to interrupt, since the last time.
@@ -268,8 +275,8 @@ impl Model {
         } else if ring / interrupter::BYTES < INTERRUPTERS {
             self.write_interrupter(memory, ring / interrupter::BYTES, ring % interrupter::BYTES, value);
         } else if offset >= DOORBELLS && slot <= SLOTS {
-            match self.slots[slot].as_mut().and_then(|slot| slot.endpoint(value as usize & 31)) {
-                Some(endpoint) => endpoint.rung = true,
+            match &mut self.slots[slot] {
+                Some(slot) => slot.ring(value as usize & 31),
                 None => self.rung |= slot == 0,
             }
         } else {

@@ -10,6 +10,8 @@ use hypercall::{UsbStatus, UsbTransferKind};
 const MAX_BLOCKS: usize = 600;
 const MAX_BYTES: usize = 1 << 20;
 const MAX_WORK: usize = 32;
+/// A device that had nothing to say is asked again after so many ticks.
+const ASK_AGAIN: u32 = 4;
 /// Of contexts.
 const STRIDE: u64 = 32;
 const CONTEXT_STATE_ERROR: u32 = 19;
@@ -48,7 +50,6 @@ impl Ring {
 /// An endpoint.
 pub(super) struct Endpoint {
     pub(super) ring: Ring,
-    pub(super) rung: bool,
     halted: bool,
     /// What of the first transfer was moved already.
     partial: Option<(Vec<u8>, usize)>,
@@ -56,7 +57,7 @@ pub(super) struct Endpoint {
 
 impl Endpoint {
     fn new(ring: Ring) -> Self {
-        Self { ring, rung: false, halted: false, partial: None }
+        Self { ring, halted: false, partial: None }
     }
 }
 
@@ -64,11 +65,26 @@ impl Endpoint {
 pub(super) struct Slot {
     port: usize,
     endpoints: [Option<Endpoint>; 32],
+    /// Endpoints whose doorbell rang, a bit for each: between two looks of the driver only they have anything to do.
+    rung: u32,
 }
 
 impl Slot {
     pub(super) fn endpoint(&mut self, index: usize) -> Option<&mut Endpoint> {
         self.endpoints.get_mut(index)?.as_mut()
+    }
+
+    /// The doorbell of an endpoint.
+    pub(super) fn ring(&mut self, index: usize) {
+        if self.endpoint(index).is_some() {
+            self.rung |= 1 << index;
+        }
+    }
+
+    /// Puts an endpoint in its place, or nothing.
+    fn set(&mut self, index: usize, endpoint: Option<Endpoint>) {
+        self.rung &= !(1 << index);
+        self.endpoints[index] = endpoint;
     }
 }
 
@@ -124,6 +140,8 @@ impl Td {
 
 impl Model {
     pub(super) fn work(&mut self, memory: &mut dyn Memory) {
+        self.ticks = self.ticks.wrapping_add(1);
+        let ask_again = self.ticks.is_multiple_of(ASK_AGAIN);
         if core::mem::take(&mut self.rung) {
             for _ in 0..MAX_WORK {
                 let mut ring = self.commands;
@@ -135,9 +153,12 @@ impl Model {
             }
         }
         for number in 1..=SLOTS {
-            for index in 1..32 {
-                let rung = |slot: &mut Slot| slot.endpoint(index).is_some_and(|one| one.rung && !one.halted);
-                if self.slots[number].as_mut().is_some_and(rung) {
+            let mut rung = self.slots[number].as_ref().map_or(0, |slot| slot.rung);
+            while rung != 0 {
+                let index = rung.trailing_zeros() as usize;
+                rung &= rung - 1;
+                let endpoint = self.slots[number].as_mut().and_then(|slot| slot.endpoint(index));
+                if ask_again || endpoint.is_some_and(|endpoint| endpoint.partial.is_none()) {
                     self.serve(memory, number, index);
                 }
             }
@@ -151,7 +172,7 @@ impl Model {
             let Some(free) = (1..=SLOTS).find(|number| self.slots[*number].is_none()) else {
                 return (code::NO_SLOTS, 0);
             };
-            self.slots[free] = Some(Slot { port: PORTS, endpoints: [const { None }; 32] });
+            self.slots[free] = Some(Slot { port: PORTS, endpoints: [const { None }; 32], rung: 0 });
             return (code::SUCCESS, free);
         }
         let output = read64(memory, self.contexts.wrapping_add(8 * number as u64)).unwrap_or(0);
@@ -167,7 +188,7 @@ impl Model {
                 let place = read64(memory, block.parameter + STRIDE).unwrap_or(0) >> 48 & 0xff;
                 slot.port = (place as usize).wrapping_sub(1);
                 let ring = read64(memory, block.parameter + 2 * STRIDE + 8).unwrap_or(0);
-                slot.endpoints[1] = Some(Endpoint::new(Ring::of(ring)));
+                slot.set(1, Some(Endpoint::new(Ring::of(ring))));
                 match self.devices.get_mut(slot.port).and_then(Option::as_mut) {
                     None => code::TRANSACTION,
                     Some(device) => {
@@ -182,18 +203,18 @@ impl Model {
                 let flags = read64(memory, block.parameter).unwrap_or(0);
                 for index in 2..32 {
                     if flags >> index & 1 != 0 {
-                        slot.endpoints[index] = None;
+                        slot.set(index, None);
                     }
                     if flags >> (32 + index) & 1 != 0 {
                         let at = block.parameter + (1 + index as u64) * STRIDE + 8;
                         let ring = Ring::of(read64(memory, at).unwrap_or(0));
-                        slot.endpoints[index] = Some(Endpoint::new(ring));
+                        slot.set(index, Some(Endpoint::new(ring)));
                     }
                 }
                 code::SUCCESS
             }
             kind::RESET_DEVICE => {
-                slot.endpoints.iter_mut().skip(2).for_each(|endpoint| *endpoint = None);
+                (2..32).for_each(|index| slot.set(index, None));
                 code::SUCCESS
             }
             other => match slot.endpoint(index) {
@@ -201,17 +222,17 @@ impl Model {
                 Some(endpoint) => match other {
                     kind::RESET_ENDPOINT if endpoint.halted => {
                         endpoint.halted = false;
-                        endpoint.rung = false;
+                        slot.rung &= !(1 << index);
                         code::SUCCESS
                     }
                     kind::STOP_ENDPOINT if !endpoint.halted => {
-                        endpoint.rung = false;
                         let pointer = endpoint.ring.at | u64::from(endpoint.ring.cycle);
+                        slot.rung &= !(1 << index);
                         memory.write(output + index as u64 * STRIDE + 8, &pointer.to_le_bytes());
                         code::SUCCESS
                     }
                     kind::SET_DEQUEUE => {
-                        *endpoint = Endpoint::new(Ring::of(block.parameter));
+                        slot.set(index, Some(Endpoint::new(Ring::of(block.parameter))));
                         code::SUCCESS
                     }
                     _ => CONTEXT_STATE_ERROR,
@@ -226,7 +247,7 @@ impl Model {
         for _ in 0..MAX_WORK {
             let Some(slot) = self.slots[number].as_mut() else { return };
             let port = slot.port;
-            let Some(endpoint) = slot.endpoint(index) else { return };
+            let Some(endpoint) = slot.endpoint(index).filter(|endpoint| !endpoint.halted) else { return };
             let mut ring = endpoint.ring;
             let Some(td) = Td::take(memory, &mut ring) else { return };
             let Some(device) = self.devices.get_mut(port).and_then(Option::as_mut) else {
