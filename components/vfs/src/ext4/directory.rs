@@ -5,6 +5,7 @@
 use super::bytes::{le16, le32};
 use super::checksum::crc32c;
 use super::inode::{Ext4Inode, flag};
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::fs::{DirEntry, FileKind, FsError, Inode, Result};
 use hypercall::Host;
@@ -64,6 +65,28 @@ pub(super) fn entries<'a, H: Host>(
     Ok(true)
 }
 
+/// A block of entries that was read and checked: whoever lists a directory looks its names up next, and each is in the
+/// same block as the one before.
+pub(super) struct Kept {
+    inode: u32,
+    number: u64,
+    block: Vec<u8>,
+}
+
+/// As [`read_checked`], without reading if it is the block that was asked for last.
+fn block_of<H: Host>(inode: &Ext4Inode<H>, number: u64) -> Result<Arc<Kept>> {
+    let is_it = |kept: &&Arc<Kept>| kept.inode == inode.number && kept.number == number;
+    if let Some(kept) = inode.volume.kept.lock().as_ref().filter(is_it) {
+        return Ok(kept.clone());
+    }
+    let mut block = Vec::new();
+    read_checked(inode, number, &mut block)?;
+    let kept = Arc::new(Kept { inode: inode.number, number, block });
+    let before = inode.volume.kept.lock().replace(kept.clone());
+    drop(before);
+    Ok(kept)
+}
+
 /// Reads a block of entries and checks its checksum. Inner blocks of an index have theirs elsewhere; `index` says that
 /// the caller will check.
 pub(super) fn read_checked<H: Host>(inode: &Ext4Inode<H>, number: u64, block: &mut Vec<u8>) -> Result<()> {
@@ -105,10 +128,12 @@ pub(super) fn lookup<H: Host>(inode: &Ext4Inode<H>, name: &[u8]) -> Result<Optio
         }
         return Ok(None);
     }
-    let mut block = Vec::new();
-    for number in 0..blocks(inode) {
-        read_checked(inode, number, &mut block)?;
-        if let Some(found) = search(inode, &block, name)? {
+    let count = blocks(inode);
+    let last =
+        inode.volume.kept.lock().as_ref().filter(|kept| kept.inode == inode.number).map(|kept| kept.number);
+    let first = last.unwrap_or(0);
+    for number in (first..count).chain(0..first.min(count)) {
+        if let Some(found) = search(inode, &block_of(inode, number)?.block, name)? {
             return Ok(Some(found));
         }
     }
@@ -143,10 +168,9 @@ pub(super) fn list<H: Host>(
         return Ok(None);
     }
     let block_size = inode.volume.block_size() as u64;
-    let mut block = Vec::new();
     for number in cursor / block_size..blocks(inode) {
-        read_checked(inode, number, &mut block)?;
-        if !list_block(inode, &block, number * block_size, cursor, &mut next, sink)? {
+        if !list_block(inode, &block_of(inode, number)?.block, number * block_size, cursor, &mut next, sink)?
+        {
             return Ok(Some(next));
         }
     }

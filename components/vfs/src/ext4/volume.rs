@@ -2,6 +2,7 @@
 
 use super::bytes::{join, le16, le32};
 use super::checksum::{crc16, crc32c};
+use super::directory::Kept;
 use super::inode::Ext4Inode;
 use super::journal::Overlay;
 use super::superblock::{self, Superblock, compat, incompat, ro_compat};
@@ -25,6 +26,10 @@ pub(super) struct Volume<H: Host> {
     /// Blocks whose newest content is in the journal.
     pub(super) overlay: Overlay,
     inodes: Mutex<H, ClockMap<u32, Arc<Ext4Inode<H>>>>,
+    /// The block of entries that was used last.
+    pub(super) kept: Mutex<H, Option<Arc<Kept>>>,
+    /// The group whose descriptor was read last, and its inode table.
+    table: Mutex<H, Option<(u32, u64)>>,
     /// Unmounted: inodes are kept no more.
     closed: AtomicBool,
     corruptions: Counter,
@@ -44,6 +49,8 @@ impl<H: Host> Volume<H> {
             superblock,
             overlay: Overlay::default(),
             inodes: Mutex::new(host, ClockMap::new(inodes_kept)),
+            kept: Mutex::new(host, None),
+            table: Mutex::new(host, None),
             closed: AtomicBool::new(false),
             corruptions,
             complaints: AtomicU32::new(0),
@@ -146,6 +153,10 @@ impl<H: Host> Volume<H> {
 
     /// First block of a group's inode table.
     fn inode_table(&self, group: u32) -> Result<u64> {
+        let known = *self.table.lock();
+        if let Some((_, table)) = known.filter(|(of, _)| *of == group) {
+            return Ok(table);
+        }
         let sb = &self.superblock;
         let mut descriptor = [0; 1024];
         let descriptor = descriptor.get_mut(..usize::from(sb.descriptor_size)).ok_or(FsError::Corrupt)?;
@@ -178,6 +189,7 @@ impl<H: Host> Volume<H> {
         if !self.holds(table, blocks) {
             return Err(broken());
         }
+        *self.table.lock() = Some((group, table));
         Ok(table)
     }
 
