@@ -139,11 +139,12 @@ impl FuzzHost {
         }
     }
 
-    /// What is in a block that a driver and the device share.
-    fn shared(self, block: &DmaBlock, offset: usize, len: usize) -> Vec<u8> {
+    /// Reads what is in a block that a driver and the device share.
+    fn shared(self, block: &DmaBlock, offset: usize, to: &mut [u8]) {
+        let len = to.len();
         assert!(offset + len <= block.len, "{len} bytes at {offset} are outside {block:?}");
         let at = (block.device.0 - DMA_BASE) as usize + offset;
-        lock(&self.0.dma).slice(at, len).expect("inside").to_vec()
+        to.copy_from_slice(lock(&self.0.dma).slice(at, len).expect("inside"));
     }
 
     /// How many blocks of device memory are in use.
@@ -470,12 +471,12 @@ unsafe impl Dma for FuzzHost {
         let at = block.device.0 as usize + offset;
         assert!(at.is_multiple_of(width.bytes()), "{width:?} at {offset} is not aligned");
         let mut bytes = [0; 8];
-        bytes[..width.bytes()].copy_from_slice(self.shared(block, offset, width.bytes()).as_slice());
+        self.shared(block, offset, &mut bytes[..width.bytes()]);
         u64::from_le_bytes(bytes)
     }
     unsafe fn dma_copy(&self, block: &DmaBlock, offset: usize, to: &mut [u8]) {
         self.tick();
-        to.copy_from_slice(&self.shared(block, offset, to.len()));
+        self.shared(block, offset, to);
     }
 }
 

@@ -34,20 +34,16 @@ pub fn patch(base: &[u8], changes: &mut Changes, mut at: usize, mut bytes: &[u8]
 }
 
 /// Reads an image with changes.
-pub fn peek(base: &[u8], changes: &Changes, mut at: usize, out: &mut [u8]) {
-    let mut done = 0;
-    while done < out.len() {
-        let (sector, skip) = (at / SECTOR, at % SECTOR);
-        let n = (out.len() - done).min(SECTOR - skip);
-        let place = &mut out[done..done + n];
-        match changes.get(&sector) {
-            Some(content) => place.copy_from_slice(&content[skip..skip + n]),
-            None => match base.get(at..at + n) {
-                Some(content) => place.copy_from_slice(content),
-                None => place.fill(0),
-            },
-        }
-        (at, done) = (at + n, done + n);
+pub fn peek(base: &[u8], changes: &Changes, at: usize, out: &mut [u8]) {
+    let same = base.get(at..).unwrap_or_default();
+    let (inside, outside) = out.split_at_mut(out.len().min(same.len()));
+    inside.copy_from_slice(&same[..inside.len()]);
+    outside.fill(0);
+    let end = at + out.len();
+    for (sector, content) in changes.range(at / SECTOR..end.div_ceil(SECTOR)) {
+        let start = sector * SECTOR;
+        let (from, to) = (start.max(at), (start + SECTOR).min(end));
+        out[from - at..to - at].copy_from_slice(&content[from - start..to - start]);
     }
 }
 

@@ -341,7 +341,7 @@ mod tests {
         // Each answer of every device is changed, or nobody ever answers.
         for lie in [0xc0, 0xe0, 0xe8, 0xf0, 0xf4, 0xf7, 0xfb, 0xfd, 0xff] {
             let lies = [&[0xff, 0x03][..], &[lie; 0x3ff][..], &[2, 5, 1, 2, 11, 1, 9, 2]].concat();
-            crate::execute("usb_devices", &lies);
+            crate::Target::named("usb_devices").execute(&lies);
         }
     }
 }
