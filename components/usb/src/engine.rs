@@ -17,7 +17,7 @@ use crate::controller::{
 use crate::usbmon::Tap;
 use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::task::Wake;
 use alloc::vec::Vec;
 use anykernel::sync::Mutex;
@@ -140,6 +140,12 @@ struct Slotted<H: Host> {
     waker: Arc<TaskWaker<H>>,
 }
 
+/// Something that threads wait for.
+pub(crate) trait Awaited: Send + Sync {
+    /// Nobody waits for anything of it now.
+    fn idle(&self) -> bool;
+}
+
 /// One host controller with everything above it.
 pub(crate) struct Engine<H: Host> {
     pub(crate) host: H,
@@ -149,6 +155,7 @@ pub(crate) struct Engine<H: Host> {
     ready: Arc<Ready<H>>,
     tasks: Mutex<H, Slab<Slotted<H>>>,
     spawned: Mutex<H, Vec<Task>>,
+    awaited: Mutex<H, Vec<Weak<dyn Awaited>>>,
     /// Somebody came while another thread was in [`Engine::poll`].
     again: AtomicBool,
     /// Nobody waits for the signal any more.
@@ -179,6 +186,7 @@ impl<H: Host> Engine<H> {
             ready: Arc::new(Ready(Mutex::new(host, VecDeque::new()))),
             tasks: Mutex::new(host, Slab::new()),
             spawned: Mutex::new(host, Vec::new()),
+            awaited: Mutex::new(host, Vec::new()),
             again: AtomicBool::new(false),
             polled: AtomicBool::new(false),
             submitted: AtomicU64::new(0),
@@ -333,8 +341,31 @@ impl<H: Host> Engine<H> {
             }
         }
         self.polled.store(true, Ordering::Release);
-        // Whoever went to sleep counting on this thread is served before it ends.
-        self.poll();
+        // Whoever went to sleep counting on this thread is served before it ends. Every transfer has a time-out, so it does.
+        loop {
+            let seen = self.signal.count();
+            self.poll();
+            if self.idle() {
+                break;
+            }
+            let (_, more) = self.rest();
+            if !more {
+                // Others poll too, and then there may be no signal.
+                self.signal.wait(&self.host, seen, Some(self.now_ns().saturating_add(HEARTBEAT_NS)));
+            }
+        }
+    }
+
+    /// Threads will wait for this one.
+    pub(crate) fn add_awaited(&self, one: Weak<dyn Awaited>) {
+        let mut awaited = self.awaited.lock();
+        awaited.retain(|one| one.strong_count() > 0);
+        awaited.push(one);
+    }
+
+    fn idle(&self) -> bool {
+        let awaited = self.awaited.lock().clone();
+        awaited.iter().filter_map(Weak::upgrade).all(|one| one.idle())
     }
 
     /// Nobody waits for the signal: whoever wants something polls until it is there.

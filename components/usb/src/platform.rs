@@ -416,10 +416,14 @@ impl<H: Host + HostUsb> Worker<H> {
             waker.into_iter().for_each(Waker::wake);
             engine.raise(host);
         });
+        let mut jobs = self.jobs.lock();
+        // While they are locked nobody stops doing them.
         if self.running.load(Ordering::Acquire) {
-            self.jobs.lock().push_back(job);
+            jobs.push_back(job);
+            drop(jobs);
             self.signal.raise(&self.host);
         } else {
+            drop(jobs);
             job(&self.host);
         }
         Call { state }
@@ -453,7 +457,9 @@ impl<H: Host + HostUsb> Worker<H> {
             let deadline_ns = (!told).then(|| self.host.monotonic_ns().saturating_add(LIST_NS));
             self.signal.wait(&self.host, seen, deadline_ns);
         }
+        let jobs = self.jobs.lock();
         self.running.store(false, Ordering::Release);
+        drop(jobs);
         while let Some(job) = self.next_job() {
             job(&self.host);
         }

@@ -7,7 +7,9 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::block::{BlockDevice, BlockError, Complete, Op, Request};
+use core::sync::atomic::{AtomicBool, Ordering};
 use hypercall::UsbSpeed;
+use hypercall::testing::{UsbModel, UsbReply};
 use std::sync::Mutex;
 use std::vec;
 
@@ -364,4 +366,63 @@ fn a_blocking_reader() {
     // Nothing keeps kernel or controller alive.
     assert_eq!(Arc::strong_count(&kernel), 1);
     assert_eq!(bus.slots(), 1, "the model remembers; its controller was dropped with a device attached");
+}
+
+/// A stick that does not answer while it is held.
+struct Held(StorageModel, Arc<AtomicBool>);
+
+impl UsbModel for Held {
+    fn descriptors(&self) -> Vec<u8> {
+        self.0.descriptors()
+    }
+    fn control(&mut self, setup: [u8; 8], data: &mut [u8]) -> UsbReply {
+        self.0.control(setup, data)
+    }
+    fn packet_out(&mut self, endpoint: u8, packet: &[u8]) -> UsbReply {
+        self.0.packet_out(endpoint, packet)
+    }
+    fn packet_in(&mut self, endpoint: u8, room: &mut [u8]) -> UsbReply {
+        if self.1.load(Ordering::SeqCst) { UsbReply::Nak } else { self.0.packet_in(endpoint, room) }
+    }
+    fn bus_reset(&mut self) {
+        self.0.bus_reset();
+    }
+}
+
+/// The instance stops while a reader sleeps until the stick answers: it is served before the thread that it counts on ends.
+#[test]
+fn who_sleeps_when_the_instance_stops_is_served() {
+    use crate::{Options, UsbStack};
+    let host = hypercall::testing::TestHost::new();
+    let kernel = anykernel::Kernel::new(host, Default::default());
+    let bus = crate::testing::ModelBus::new(host, 1, 4);
+    let (model, state) = StorageModel::new(pattern(256 << 10));
+    let held = Arc::new(AtomicBool::new(false));
+    bus.plug(1, Held(model, held.clone()));
+    let (controller, signal) = bus.controller();
+    let stack = UsbStack::start(&kernel, controller, signal, 1, Options::default()).unwrap();
+    assert!(stack.settle(20_000_000_000));
+    let disk = kernel.block_devices()[0].clone();
+    held.store(true, Ordering::SeqCst);
+    let before = state.lock().unwrap().commands;
+    let reader = std::thread::spawn(move || {
+        anykernel::block::transfer(host, &*disk, Op::Read, 3, vec![vec![0; 512].into()])
+            .map(|data| data.concat())
+    });
+    let until = |done: &dyn Fn() -> bool| {
+        let start = std::time::Instant::now();
+        while !done() {
+            assert!(start.elapsed().as_secs() < 20, "it is not served");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    };
+    until(&|| state.lock().unwrap().commands > before);
+    kernel.stop();
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    assert!(!reader.is_finished());
+    held.store(false, Ordering::SeqCst);
+    until(&|| reader.is_finished());
+    assert_eq!(reader.join().unwrap().unwrap(), pattern(256 << 10)[3 * 512..][..512]);
+    kernel.shutdown();
+    drop(stack);
 }

@@ -1,9 +1,9 @@
 //! The block device: a queue that the storage task empties.
 
-use crate::engine::Engine;
+use crate::engine::{Awaited, Engine};
 use crate::stack::Owner;
 use alloc::collections::VecDeque;
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use anykernel::block::{BlockDevice, BlockError, BlockInfo, Op, Rejected, Request};
 use anykernel::sync::Mutex;
 use core::task::Waker;
@@ -38,7 +38,10 @@ impl<H: Host> Disk<H> {
         info.queue_depth = QUEUE_DEPTH;
         let queue = Queue { requests: VecDeque::new(), busy: false, gone: false, task: None };
         let queue = Mutex::new(engine.host, queue);
-        Arc::new(Self { engine, info, max_buffers, queue })
+        let disk = Arc::new(Self { engine, info, max_buffers, queue });
+        let awaited: Weak<Self> = Arc::downgrade(&disk);
+        disk.engine.add_awaited(awaited);
+        disk
     }
 
     /// The next request, which is in work then; otherwise `waker` is told when there is one.
@@ -104,7 +107,9 @@ impl<H: Host> Disk<H> {
         task.into_iter().for_each(Waker::wake);
         Ok(())
     }
+}
 
+impl<H: Host> Awaited for Disk<H> {
     fn idle(&self) -> bool {
         let queue = self.queue.lock();
         !queue.busy && queue.requests.is_empty()
