@@ -1,10 +1,11 @@
 //! End-to-end tests, and what they share: the command that users run, and processes that end with a test.
 
 pub mod module;
+pub mod plugged;
 pub mod usb_capture;
 
-use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
@@ -32,6 +33,24 @@ pub fn anykernel() -> &'static Path {
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("the loopback interface");
     listener.local_addr().expect("an address").port()
+}
+
+/// A file from the server at a loopback port; an error is a line.
+pub fn fetch(port: u16, path: &str) -> Result<Vec<u8>, String> {
+    let fetch = || -> std::io::Result<Vec<u8>> {
+        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        Ok(answer)
+    };
+    let answer = fetch().map_err(|error| error.to_string())?;
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").ok_or("no answer")?;
+    if !answer.starts_with(b"HTTP/1.1 200 ") {
+        return Err(String::from_utf8_lossy(&answer[..end]).into_owned());
+    }
+    Ok(answer[end + 4..].to_vec())
 }
 
 /// A child that is killed when dropped.

@@ -3,7 +3,7 @@
 
 mod usb_support;
 
-use anykernel_tests::free_port;
+use anykernel_tests::{fetch, free_port};
 use anykernel_userspace::qemu::qmp::Qmp;
 use anykernel_userspace::qemu::{Accelerator, End, Process, STOP, rumprun};
 use serde_json::{Value, json};
@@ -232,24 +232,6 @@ fn a_disk_of_uas_alone_is_refused_with_a_reason() {
     assert_eq!((&uas["state"], &uas["drivers"][0]["failed"]), (&json!("configured"), &json!(true)), "{uas}");
     assert!(uas["drivers"][0]["note"].as_str().unwrap().contains("UAS only"), "{uas}");
     assert_eq!(all.iter().find(|one| one["path"] == "1-6").unwrap()["drivers"][0]["failed"], false);
-}
-
-/// A file from the server in the guest; an error is a line.
-fn fetch(port: u16, path: &str) -> Result<Vec<u8>, String> {
-    let fetch = || -> std::io::Result<Vec<u8>> {
-        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer)?;
-        Ok(answer)
-    };
-    let answer = fetch().map_err(|error| error.to_string())?;
-    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").ok_or("no answer")?;
-    if !answer.starts_with(b"HTTP/1.1 200 ") {
-        return Err(String::from_utf8_lossy(&answer[..end]).into_owned());
-    }
-    Ok(answer[end + 4..].to_vec())
 }
 
 /// The server finds its network after it started, loses it in the middle of a file, and gets it again.

@@ -4,111 +4,26 @@
 
 mod usb_support;
 
-use anykernel_tests::{anykernel, free_port, usb_capture};
-use anykernel_userspace::qemu::linux_module::guest::{DebianGuest, PARAMETERS};
-use anykernel_userspace::qemu::qmp::Qmp;
-use anykernel_userspace::qemu::{Accelerator, End, Process};
+use anykernel_tests::plugged::{PATIENCE, all_ok, boot, guest, plug_stick, pull};
+use anykernel_tests::{free_port, usb_capture};
+use anykernel_userspace::qemu::linux_module::guest::DebianGuest;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 use usb_support::{run, stick, sum};
 
-/// Far more than any of these needs on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(240);
-
-/// What every script begins with. Lines that begin with `@` ask the test to plug.
-const BEGIN: &str = r#"
-check() { name=$1; shift; if "$@"; then echo "ok $name"; else echo "bad $name"; fi; }
-there() { n=0; while [ ! -e /sys/bus/usb/devices/$1/bConfigurationValue ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done; }
-gone() { n=0; while [ -e /sys/bus/usb/devices/$1 ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done; }
+/// What FUSE's scripts begin with.
+const MOUNTED: &str = r#"
 mounted() { grep -q ' /m fuse ' /proc/mounts; }
 wait_mount() { n=0; while ! mounted && [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done; mounted; }
-not() { ! "$@"; }
 mkdir /m
 "#;
 
 fn files(script: &str) -> DebianGuest {
-    let mut files =
-        DebianGuest::new(&format!("{BEGIN}{script}")).unwrap_or_else(|failure| panic!("{failure}"));
-    files.program(anykernel(), "bin/anykernel").unwrap();
-    files.drivers(&["xhci-pci", "fuse"]).unwrap();
-    files
-}
-
-/// Boots the guest with `args` and returns what it said. `asked` is called for each line that begins with `@`.
-fn boot(dir: &Path, files: DebianGuest, args: &[&str], mut asked: impl FnMut(&mut Qmp, &str)) -> String {
-    let (initrd, socket) = (dir.join("initrd"), dir.join("qmp"));
-    let kernel = files.finish(&initrd).unwrap();
-    let mut command = Command::new("qemu-system-x86_64");
-    command
-        .args(["-M", "q35", "-smp", "2", "-m", "768"])
-        .args(Accelerator::Tcg.args_for_self_modifying(2))
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"])
-        .args(["-append", PARAMETERS])
-        .arg("-kernel")
-        .arg(&kernel)
-        .arg("-initrd")
-        .arg(&initrd)
-        .arg("-qmp")
-        .arg(format!("unix:{},server=on,wait=off", socket.display()))
-        .args(["-device", "qemu-xhci,id=usb,p2=4,p3=4"])
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut qemu = Process::start(command).unwrap();
-    let (_, stdout, _errors) = qemu.pipes();
-    let mut qmp = Qmp::connect(&socket, PATIENCE).unwrap();
-    let (send, lines) = std::sync::mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        let mut lines = BufReader::new(stdout.unwrap());
-        let (mut all, mut line) = (String::new(), Vec::new());
-        while lines.read_until(b'\n', &mut line).is_ok_and(|len| len > 0) {
-            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-            all += &text;
-            all.push('\n');
-            // It is not heard any more once the guest is late.
-            let _ = send.send(text);
-            line.clear();
-        }
-        all
-    });
-    let start = Instant::now();
-    while let Ok(line) = lines.recv_timeout(PATIENCE.saturating_sub(start.elapsed())) {
-        if let Some(wish) = line.strip_prefix('@') {
-            asked(&mut qmp, wish);
-        }
-    }
-    let end = qemu.wait(Some(Instant::now() + Duration::from_secs(10)), PATIENCE, || ()).unwrap();
-    drop(qemu);
-    let text = reader.join().unwrap();
-    assert!(matches!(end, End::Ended(_)), "it does not end:\n{text}");
-    assert!(!text.contains("bad "), "{text}");
-    text
-}
-
-fn all_ok(text: &str, checks: &[&str]) {
-    for check in checks {
-        assert!(text.lines().any(|line| line == format!("ok {check}")), "{check} is not ok in:\n{text}");
-    }
-}
-
-fn pull(qmp: &mut Qmp, id: &str) {
-    qmp.ask("device_del", json!({ "id": id })).unwrap();
-}
-
-fn plug_stick(qmp: &mut Qmp, id: &str, port: &str) {
-    let device = json!({ "driver": "usb-storage", "id": id, "drive": id, "bus": "usb.0", "port": port });
-    // What was there before may not be gone yet.
-    let start = Instant::now();
-    while let Err(failure) = qmp.ask("device_add", device.clone()) {
-        assert!(start.elapsed() < PATIENCE, "{failure}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    guest(&format!("{MOUNTED}{script}"), &["xhci-pci", "fuse"])
 }
 
 /// The second stick is pulled out while it is written to.

@@ -67,6 +67,7 @@ struct ak_flight {
 static DEFINE_SPINLOCK(ak_usb_lock);
 static LIST_HEAD(ak_usb_devices);
 static u64 ak_usb_last_id;
+static atomic_t ak_usb_held;	/* devices and transfers that are not freed yet, so that unloading can tell */
 static const void *ak_usb_watcher;
 
 /* ---- which devices there are ---- */
@@ -77,6 +78,7 @@ static void ak_usb_free(struct kref *kref)
 
 	usb_put_dev(d->udev);
 	kfree(d);
+	atomic_dec(&ak_usb_held);
 }
 
 static void ak_usb_put(struct ak_usb *d)
@@ -119,6 +121,7 @@ static void ak_usb_add(struct usb_device *udev)
 
 	if (!d)
 		return;	/* it is not shown, as if it were not plugged in */
+	atomic_inc(&ak_usb_held);
 	kref_init(&d->kref);
 	mutex_init(&d->submitting);
 	INIT_LIST_HEAD(&d->flying);
@@ -280,6 +283,7 @@ static struct ak_flight *ak_flight_make(struct ak_usb *d)
 		kfree(f);
 		return NULL;
 	}
+	atomic_inc(&ak_usb_held);
 	f->device = d;
 	d->flights++;
 	return f;
@@ -298,6 +302,7 @@ static void ak_flights_free(struct list_head *flights)
 		usb_free_urb(f->urb);
 		kfree(f->bounce);
 		kfree(f);
+		atomic_dec(&ak_usb_held);
 	}
 	INIT_LIST_HEAD(flights);
 }
@@ -955,6 +960,8 @@ void ak_usb_end(void)
 		list_del(&d->node);
 		ak_usb_put(d);
 	}
+	if (atomic_read(&ak_usb_held))
+		pr_warn("left behind: %d USB devices and transfers\n", atomic_read(&ak_usb_held));
 }
 
 #else /* CONFIG_USB: this kernel has no USB */

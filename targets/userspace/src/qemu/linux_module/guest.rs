@@ -3,7 +3,7 @@
 
 use super::initramfs::Initramfs;
 use super::kernel::{self, Flavour, GuestKernel};
-use super::{Temporary, read, store};
+use super::{Temporary, built, read, store};
 use crate::Failure;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -125,6 +125,13 @@ impl DebianGuest {
             self.file(&format!("lib/{name}.ko"), &content);
             self.order.push(name);
         }
+        Ok(())
+    }
+
+    /// Our module, built for this kernel if it is not up to date, as `/lib/anykernel.ko`.
+    pub fn module(&mut self) -> Result<(), Failure> {
+        let (path, _exclusive) = built(&self.kernel, None)?;
+        self.file("lib/anykernel.ko", &read(&path)?);
         Ok(())
     }
 
