@@ -6,7 +6,7 @@ use module_build::toolchain::{Need, TARGET, Toolchain};
 use std::time::Instant;
 
 /// Crates that are components or below: they must build for a machine without an operating system.
-const BARE: [&str; 10] = [
+const BARE: [&str; 11] = [
     "hypercall",
     "anykernel",
     "anykernel-net",
@@ -14,6 +14,7 @@ const BARE: [&str; 10] = [
     "anykernel-vfs",
     "anykernel-virtio",
     "anykernel-xhci",
+    "files",
     "httpd",
     "selftest",
     "usb-app",

@@ -23,6 +23,7 @@ const fn app(name: &'static str, main: fn(&Arc<Kernel<Domain>>) -> ExitStatus) -
 
 const APPS: &[App] = &[
     app("httpd", httpd::main),
+    app("files", files::main),
     app("selftest", selftest::main),
     app("usb", usb_app::main),
     app("netbench", netbench::main),

@@ -20,6 +20,7 @@ pub mod logger;
 pub mod plan;
 pub mod qemu;
 pub mod record;
+pub mod remote;
 pub mod replay;
 pub mod runner;
 pub mod sim;

@@ -43,6 +43,8 @@ pub struct RunSpec {
     pub json: bool,
     /// Nothing is said about what is published where.
     pub quiet: bool,
+    /// A guest's console goes to standard error: standard output is the caller's own.
+    pub stderr: bool,
 }
 
 impl RunSpec {
@@ -65,6 +67,7 @@ impl RunSpec {
             usb_pcap: None,
             json: false,
             quiet: true,
+            stderr: false,
         }
     }
 

@@ -5,7 +5,7 @@
 
 use super::Outcome;
 use super::files::DEEPEST;
-use super::image::{ImagePath, Mounted, join, shown};
+use super::image::{ImagePath, Mounted, Reader, join, shown};
 use anykernel::fs::{FileKind, FsError, Inode, OpenOptions, Timestamp};
 use anykernel_userspace::{Failure, interrupt};
 use clap::Args;
@@ -41,6 +41,8 @@ pub(super) struct Cp {
     /// Directories with everything in them
     #[arg(short, short_alias = 'R', long)]
     recursive: bool,
+    #[command(flatten)]
+    reader: Reader,
 }
 
 struct Progress {
@@ -94,7 +96,7 @@ impl Cp {
                     self.to
                 ))
             })?;
-            let mounted = place.mount(false)?;
+            let mounted = place.mount(false, &self.reader)?;
             let inode = mounted.resolve(&place.path, true)?;
             let name = place.path.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
             let target = match (to.is_dir(), name) {
@@ -119,7 +121,7 @@ impl Cp {
                 return Err(Failure::usage(format!("{} is a directory: copy it with -r", from.display())));
             }
         }
-        let mounted = to.mount(true)?;
+        let mounted = to.mount(true, &self.reader)?;
         let into_directory = mounted.is_directory(&to.path);
         if self.from.len() > 1 && !into_directory {
             return Err(Failure::usage(format!(

@@ -93,6 +93,7 @@ impl Demo {
             usb_pcap: None,
             json: false,
             quiet: true,
+            stderr: false,
         };
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {

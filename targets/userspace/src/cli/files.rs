@@ -1,6 +1,6 @@
 //! `ls`, `tree`, `stat` and `cat`: looking into images without root. They write nothing to them.
 
-use super::image::{ImagePath, Mounted, join, shown};
+use super::image::{ImagePath, Mounted, Reader, join, shown};
 use super::{Outcome, output_failure, size};
 use anykernel::fs::{FileKind, Inode, Metadata, OpenOptions, Timestamp};
 use anykernel_userspace::{Failure, interrupt};
@@ -85,7 +85,11 @@ fn link_target(inode: &Arc<dyn Inode>, metadata: &Metadata) -> Option<String> {
   anykernel ls disk.img                  the root directory
   anykernel ls -l disk.img:/etc          with mode, owner, size and date (UTC)
   anykernel ls -R disk.img:2:/           everything on partition 2
-  anykernel ls --json disk.img:/etc      one JSON object per entry")]
+  anykernel ls --json disk.img:/etc      one JSON object per entry
+  anykernel ls usb:1-2:/                 the stick at 1-2, without mounting it
+  anykernel ls usb:1-2:/ --on rumprun    the same, read by a unikernel that gets the stick
+  anykernel ls usb:1-1:/ --on rumprun --usb disk:stick.img
+                                         an image as a stick that QEMU plays")]
 pub(super) struct Ls {
     /// Where to look
     #[arg(value_name = "IMAGE[:PARTITION]:/PATH", required = true)]
@@ -105,13 +109,15 @@ pub(super) struct Ls {
     /// One JSON object per entry
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    reader: Reader,
 }
 
 impl Ls {
     pub(super) fn run(self) -> Outcome {
         let mut out = BufWriter::new(std::io::stdout().lock());
         for place in &self.places {
-            let mounted = place.mount(false)?;
+            let mounted = place.mount(false, &self.reader)?;
             let inode = mounted.resolve(&place.path, true)?;
             let metadata = inode.metadata().map_err(|error| mounted.failure(&place.path, error))?;
             if metadata.kind == FileKind::Directory {
@@ -198,12 +204,14 @@ pub(super) struct Tree {
     /// Go this many levels down
     #[arg(short = 'L', long, value_name = "N", default_value_t = DEEPEST)]
     levels: usize,
+    #[command(flatten)]
+    reader: Reader,
 }
 
 impl Tree {
     pub(super) fn run(self) -> Outcome {
         let mut out = BufWriter::new(std::io::stdout().lock());
-        let mounted = self.place.mount(false)?;
+        let mounted = self.place.mount(false, &self.reader)?;
         let root = mounted.resolve(&self.place.path, true)?;
         writeln!(out, "{}", shown(self.place.path.as_bytes())).map_err(output_failure)?;
         let mut count = (0, 0);
@@ -267,13 +275,15 @@ pub(super) struct Stat {
     /// One JSON object per file
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    reader: Reader,
 }
 
 impl Stat {
     pub(super) fn run(self) -> Outcome {
         let mut out = BufWriter::new(std::io::stdout().lock());
         for place in &self.places {
-            let mounted = place.mount(false)?;
+            let mounted = place.mount(false, &self.reader)?;
             let inode = mounted.resolve(&place.path, self.dereference)?;
             let metadata = inode.metadata().map_err(|error| mounted.failure(&place.path, error))?;
             let target = link_target(&inode, &metadata);
@@ -313,6 +323,8 @@ pub(super) struct Cat {
     /// The files
     #[arg(value_name = "IMAGE[:PARTITION]:/PATH", required = true)]
     places: Vec<ImagePath>,
+    #[command(flatten)]
+    reader: Reader,
 }
 
 impl Cat {
@@ -320,7 +332,7 @@ impl Cat {
         let mut out = std::io::stdout().lock();
         let mut buf = vec![0; 1 << 20];
         for place in &self.places {
-            let mounted = place.mount(false)?;
+            let mounted = place.mount(false, &self.reader)?;
             let fail = |error| mounted.failure(&place.path, error);
             let file = mounted.names.open(place.path.as_bytes(), OpenOptions::READ).map_err(fail)?;
             if file.metadata().map_err(fail)?.kind == FileKind::Directory {

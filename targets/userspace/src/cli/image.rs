@@ -1,14 +1,29 @@
 //! `IMAGE[:PARTITION]:/path` and `usb:BUS-PORT[:PARTITION]:/path`, and the file system behind it.
 
+use super::run::On;
 use anykernel::config::{Config, Mount};
 use anykernel::fs::{DirEntry, FileKind, FsError, Inode, Namespace};
 use anykernel_usb::{Claim, Options};
+use anykernel_userspace::remote::Guest;
 use anykernel_userspace::usb::UsbBus;
-use anykernel_userspace::{ConsoleSink, Failure, HostDisk, Instance, plan};
+use anykernel_userspace::{ConsoleSink, DiskSpec, Failure, HostDisk, Instance, RunSpec, UsbSpec, plan};
+use clap::Args;
 use hypercall::UsbPath;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+
+/// Who reads an image or a stick.
+#[derive(Debug, Args)]
+pub(super) struct Reader {
+    /// Where the disk is read: userspace (this process), rumprun or linux-module (a guest that is booted for it)
+    #[arg(long, value_enum, default_value = "userspace", value_name = "TARGET")]
+    on: On,
+    /// Plug something in to the guest, whose own places usb:BUS-PORT names then: disk:FILE, keyboard, mouse, hub or
+    /// host:BUS-PORT; may be given several times. Without it a guest gets the stick of this machine at that place
+    #[arg(long = "usb", value_name = "DEVICE")]
+    usb: Vec<UsbSpec>,
+}
 
 /// A place in an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,9 +65,17 @@ impl ImagePath {
     }
 
     /// Opens the image. Nothing is written to it unless `writable`.
-    pub(super) fn mount(&self, writable: bool) -> Result<Mounted, Failure> {
-        if let Some(device) = self.image.to_str().and_then(|image| image.strip_prefix("usb:")) {
-            return self.mount_usb(device, writable);
+    pub(super) fn mount(&self, writable: bool, reader: &Reader) -> Result<Mounted, Failure> {
+        let device = self.image.to_str().and_then(|image| image.strip_prefix("usb:"));
+        if reader.on == On::Userspace && !reader.usb.is_empty() {
+            return Err(Failure::usage(
+                "--usb plugs something in to a guest: add --on rumprun or --on linux-module; what this machine has is usb:BUS-PORT",
+            ));
+        }
+        match (reader.on, device) {
+            (On::Userspace, Some(device)) => return self.mount_usb(device, writable),
+            (On::Userspace, None) => {}
+            (_, device) => return self.mount_in_guest(device, writable, reader),
         }
         let found = plan::find_file_system(&self.image, self.partition)?;
         let mount = Mount {
@@ -70,18 +93,15 @@ impl ImagePath {
             .map_err(|error| Failure::new(format!("{}: {error}", self.image.display())))?;
         let names =
             instance.kernel().namespace().ok_or_else(|| Failure::new("this build has no file systems"))?;
-        Ok(Mounted { names, place: self.clone(), kind: found.kind, disk: None, instance })
+        let by = By::Instance { instance, disk: None };
+        Ok(Mounted { names, place: self.clone(), kind: found.kind, by })
     }
 }
 
 impl ImagePath {
     /// Mounts a USB stick of this machine: `1-2`, as `anykernel usb list` names its place.
     fn mount_usb(&self, device: &str, writable: bool) -> Result<Mounted, Failure> {
-        let Some(place) = UsbPath::parse(device).filter(|place| !place.ports().is_empty()) else {
-            return Err(Failure::usage(format!(
-                "usb:{device}: write usb:BUS-PORT:/path, as in usb:1-2:/; `anykernel usb list` shows what there is"
-            )));
-        };
+        let place = usb_place(device)?;
         let options = Options { claim: Claim::Only(vec![place.into()]), ..Options::default() };
         let instance = Instance::builder()
             .console(ConsoleSink::Stderr)
@@ -90,34 +110,72 @@ impl ImagePath {
             .start()
             .map_err(|error| Failure::new(format!("usb:{device}: {error}")))?;
         let kernel = instance.kernel();
-        let disk = format!("usb{place}");
-        let mut devices = kernel.block_devices();
-        devices.retain(|one| match self.partition {
-            Some(partition) => one.info().name == format!("{disk}p{partition}"),
-            None => one.info().name == disk || one.info().name.starts_with(&format!("{disk}p")),
-        });
-        // The first file system on the disk or on a partition of it.
-        let found = devices.iter().find_map(|device| {
-            let kinds = kernel.fs_types();
-            let kind = kinds.iter().find(|kind| matches!(kind.probe(device), Ok(true)))?;
-            Some((device.info().name.clone(), kind.name().to_owned()))
-        });
-        let Some((source, kind)) = found else {
-            return Err(Failure::new(match devices.is_empty() {
-                true => {
-                    format!("usb:{device}: no disk is there: `anykernel usb list` shows what is, and why not")
-                }
-                false => format!("usb:{device}: no file system that is known here (ext4, FAT)"),
-            }));
-        };
+        let (source, kind) = files::find(kernel, &[format!("usb{place}")], self.partition, 0)
+            .map_err(|line| Failure::new(format!("usb:{device}: {line}")))?;
         let names = kernel.namespace().ok_or_else(|| Failure::new("this build has no file systems"))?;
         // In the place of the empty root.
         names
             .unmount(b"/")
             .and_then(|()| names.mount(&source, b"/", Some(&kind), !writable))
             .map_err(|error| Failure::new(format!("usb:{device}: {error}")))?;
-        Ok(Mounted { names, place: self.clone(), kind, disk: Some(source), instance })
+        let by = By::Instance { instance, disk: Some(source) };
+        Ok(Mounted { names, place: self.clone(), kind, by })
     }
+
+    /// Has a guest mount an image, or the USB stick at `device`: of this machine, which is handed to it, or of what is plugged in to it.
+    fn mount_in_guest(
+        &self,
+        device: Option<&str>,
+        writable: bool,
+        reader: &Reader,
+    ) -> Result<Mounted, Failure> {
+        let mut config = Config { log: "warn".into(), ..Config::default() };
+        let mut options = files::Options { write: writable, ..files::Options::default() };
+        let (mut usb, mut disks) = (reader.usb.clone(), Vec::new());
+        match device {
+            Some(device) => {
+                let place = usb_place(device)?;
+                options.partition = self.partition;
+                options.find = vec![format!("usb{place}")];
+                if usb.is_empty() {
+                    // Of the only device there, by its speed: the unikernel's two places, and Linux's.
+                    options.find = ["usb1-1", "usb1-9", "usb2-1"].map(Into::into).into();
+                    usb.push(UsbSpec::Host(place));
+                }
+            }
+            None => {
+                let found = plan::find_file_system(&self.image, self.partition)?;
+                let (source, kind) = (found.device, Some(found.kind));
+                config.mounts = vec![Mount { source, target: "/".into(), kind, read_only: !writable }];
+                disks.push(DiskSpec { path: self.image.clone(), writable });
+            }
+        }
+        // Who only reads must not be able to do more.
+        for one in &mut usb {
+            if let UsbSpec::Disk(disk) = one {
+                disk.writable = writable;
+            }
+        }
+        let guest =
+            Guest::start(reader.on.into(), RunSpec { disks, usb, ..RunSpec::new(config) }, options).map_err(
+                |failure| Failure { line: format!("{}: {}", self.image.display(), failure.line), ..failure },
+            )?;
+        let names = guest.names();
+        let kind = names
+            .stats(b"/")
+            .map_err(|error| Failure::new(format!("{}: {error}", self.image.display())))?
+            .kind;
+        Ok(Mounted { names, place: self.clone(), kind: kind.into(), by: By::Guest(guest) })
+    }
+}
+
+/// `1-2`, as `anykernel usb list` names places.
+fn usb_place(device: &str) -> Result<UsbPath, Failure> {
+    UsbPath::parse(device).filter(|place| !place.ports().is_empty()).ok_or_else(|| {
+        Failure::usage(format!(
+            "usb:{device}: write usb:BUS-PORT:/path, as in usb:1-2:/; `anykernel usb list` shows what there is"
+        ))
+    })
 }
 
 impl FromStr for ImagePath {
@@ -135,9 +193,18 @@ pub(super) struct Mounted {
     pub(super) names: Arc<dyn Namespace>,
     pub(super) place: ImagePath,
     pub(super) kind: String,
-    /// What can be unplugged.
-    disk: Option<String>,
-    instance: Instance,
+    by: By,
+}
+
+/// Who reads it.
+enum By {
+    /// This process.
+    Instance {
+        instance: Instance,
+        /// What can be unplugged.
+        disk: Option<String>,
+    },
+    Guest(Guest),
 }
 
 impl Mounted {
@@ -183,9 +250,13 @@ impl Mounted {
 
     /// Its device is gone.
     pub(super) fn is_unplugged(&self) -> bool {
-        let there =
-            |disk: &String| self.instance.kernel().block_devices().iter().any(|one| one.info().name == *disk);
-        self.disk.as_ref().is_some_and(|disk| !there(disk))
+        match &self.by {
+            By::Instance { instance, disk } => disk.as_ref().is_some_and(|disk| {
+                instance.kernel().block_devices().iter().all(|one| one.info().name != *disk)
+            }),
+            // It says so at the latest when something is written or read.
+            By::Guest(guest) => guest.is_over(),
+        }
     }
 
     /// Writes everything out.
@@ -196,10 +267,18 @@ impl Mounted {
     /// Writes everything out and ends the instance.
     pub(super) fn finish(self) -> Result<(), Failure> {
         let result = self.sync();
-        let Self { names, instance, .. } = self;
+        let Self { names, by, .. } = self;
         drop(names);
-        instance.shutdown();
-        result
+        match by {
+            By::Instance { instance, .. } => {
+                instance.shutdown();
+                result
+            }
+            By::Guest(guest) => {
+                let ended = guest.finish();
+                result.and(ended)
+            }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! `mount`.
 
 use super::Outcome;
-use super::image::ImagePath;
+use super::image::{ImagePath, Reader};
 use anykernel_userspace::fuse::Mount as FuseMount;
 use anykernel_userspace::{Failure, interrupt};
 use clap::Args;
@@ -31,11 +31,13 @@ pub(super) struct Mount {
     /// Let files be written
     #[arg(long, short)]
     write: bool,
+    #[command(flatten)]
+    reader: Reader,
 }
 
 impl Mount {
     pub(super) fn run(self) -> Outcome {
-        let mounted = self.source.mount(self.write)?;
+        let mounted = self.source.mount(self.write, &self.reader)?;
         let root = mounted.resolve(&self.source.path, true)?;
         let source = self.source.image.display().to_string();
         let mount = FuseMount::new(mounted.names.clone(), root, &self.place, &source, self.write)?;

@@ -195,6 +195,7 @@ impl Run {
             usb_pcap: self.usb_pcap,
             json: self.json,
             quiet: false,
+            stderr: false,
         };
         runner::run(self.on.into(), &spec)
     }

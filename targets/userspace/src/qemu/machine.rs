@@ -224,8 +224,14 @@ impl Machine {
             Process::start(command).map_err(|error| Failure::new(format!("cannot start {QEMU}: {error}")))?;
         let bar = build::spinner(format!("booting {}", self.name));
         let (mut keyboard, stdout, stderr) = qemu.pipes();
-        let (json, booting) = (spec.json, bar.clone());
-        let console = std::thread::spawn(move || stream_console(stdout, json, &booting));
+        let (json, to_stderr, booting) = (spec.json, spec.stderr, bar.clone());
+        let console = std::thread::spawn(move || {
+            if to_stderr {
+                stream_console(stdout, std::io::stderr(), json, &booting);
+            } else {
+                stream_console(stdout, std::io::stdout(), json, &booting);
+            }
+        });
         let errors = std::thread::spawn(move || {
             let mut text = Vec::new();
             // What cannot be read cannot be shown.
@@ -330,7 +336,7 @@ fn answers(mut address: SocketAddrV4) -> bool {
     ask().is_ok_and(|len| len > 0)
 }
 
-fn stream_console(from: Option<impl Read>, json: bool, bar: &indicatif::ProgressBar) {
+fn stream_console(from: Option<impl Read>, mut to: impl Write, json: bool, bar: &indicatif::ProgressBar) {
     let Some(mut from) = from else { return };
     let mut buf = [0; 8192];
     let mut console = crate::spec::ConsoleLines::new(json);
@@ -339,10 +345,10 @@ fn stream_console(from: Option<impl Read>, json: bool, bar: &indicatif::Progress
             break;
         }
         bar.finish_and_clear();
-        console.write(&mut std::io::stdout().lock(), &buf[..n]);
+        console.write(&mut to, &buf[..n]);
     }
     bar.finish_and_clear();
-    console.finish(&mut std::io::stdout().lock());
+    console.finish(&mut to);
     // A standard output that is gone swallows it.
-    let _ = std::io::stdout().flush();
+    let _ = to.flush();
 }
