@@ -180,10 +180,13 @@ fn start() -> Result<Running, String> {
 fn start_usb(kernel: &Arc<Kernel<Domain>>) -> Result<(), StartError> {
     const PATIENCE_NS: u64 = 10_000_000_000;
     let claim = Claim::of_config(kernel.config());
-    if claim == Claim::None && kernel.config().app.first().is_none_or(|app| app != "usb") {
+    let mut words = kernel.config().app.iter().map(String::as_str);
+    let looks = words.next() == Some("usb");
+    if claim == Claim::None && !looks {
         return Ok(());
     }
-    let stack = UsbStack::start_platform(kernel, Options { claim, ..Options::default() })?;
+    let ask_names = looks && words.next() == Some("list");
+    let stack = UsbStack::start_platform(kernel, Options { claim, ask_names, ..Options::default() })?;
     if !stack.settle(PATIENCE_NS) {
         log::warn!("usb: some devices are still not taken in; going on without them");
     }
