@@ -189,7 +189,11 @@ impl<H: Host> CachedDevice<H> {
     /// device, or finds no room in the cache or the device's queue, is left out. Errors show when the data is read.
     /// Context: thread. Blocks only where the device's `submit` does.
     pub fn prefetch(&self, offset: u64, len: u64) {
+        // A cluster that is begun is worth reading to its end: without a copy, and in one request with those before it.
+        let cluster_bytes = self.cache.cluster_bytes as u64;
         let end = offset.saturating_add(len).min(self.bytes);
+        let whole = end.next_multiple_of(cluster_bytes).min(self.bytes);
+        let end = if len < 4 * cluster_bytes { end } else { whole };
         if offset < end {
             let fill = Fill::start_ahead(self, offset, end);
             self.cache.counters.read_ahead_bytes.add(fill.submitted_bytes());

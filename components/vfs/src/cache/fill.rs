@@ -263,13 +263,14 @@ impl<H: Host> Complete for Fill<H> {
             self.fail(error);
         }
         let per_cluster = self.cache.cluster_pages() as u64;
-        let mut page = request.tag;
-        for memory in request.buffers {
+        let mut page = request.tag + request.bytes().div_ceil(PAGE) as u64;
+        // From the end, because a reader waits for what comes first: woken once, it finds everything.
+        for memory in request.buffers.into_iter().rev() {
             let count = memory.len().div_ceil(PAGE);
+            page -= count as u64;
             let first = (page % per_cluster) as usize;
             let key = Key { device: self.device, cluster: page / per_cluster };
             self.arrived(key, first, count, memory, result.is_ok());
-            page += count as u64;
         }
     }
 }
