@@ -149,9 +149,9 @@ impl Run {
         }
         logger::init(&config.log);
         config.app = std::iter::once(self.app).chain(self.args).collect();
-        if self.address.is_some() && !matches!(self.net, NetSpec::Tap(_)) {
+        if self.address.is_some() && !matches!(self.net, NetSpec::Tap(_) | NetSpec::Usb) {
             return Err(Failure::usage(
-                "--address and --gateway are for --net tap:NAME: the other networks decide",
+                "--address and --gateway are for --net tap:NAME and usb: the other networks decide",
             ));
         }
         if config.mounts.is_empty()
