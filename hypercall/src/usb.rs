@@ -6,6 +6,7 @@
 use crate::{Result, Signal};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt;
 
 /// Names a device while it is plugged in. A host never gives a number twice: plugged in again, a device has a new one.
@@ -134,12 +135,45 @@ pub struct UsbTransfer {
     pub kind: UsbTransferKind,
     /// `bEndpointAddress`: number in bits 0 to 3, bit 7 set for IN. 0 for control transfers.
     pub endpoint: u8,
-    /// OUT: what is sent. IN: room for what is received, as long as that may become.
-    pub data: Box<[u8]>,
+    /// Scatter list. OUT: what is sent. IN: room for what is received, as long as that may become. All of it is one transfer: a
+    /// packet may cross from one buffer to the next. Any alignment, any number.
+    pub data: Vec<Box<[u8]>>,
     /// OUT: end with an empty packet if `data` is a multiple of the packet size, so that the device sees an end.
     pub zero_packet: bool,
     /// For the caller; no two in flight on one device are equal.
     pub tag: u64,
+}
+
+impl UsbTransfer {
+    /// Sum of the buffers' lengths.
+    pub fn len(&self) -> usize {
+        self.data.iter().map(|buffer| buffer.len()).sum()
+    }
+
+    /// Whether it carries no data.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies the buffers to `to`, one behind the other, as far as that goes: for a host whose USB takes one piece only.
+    pub fn gather(&self, mut to: &mut [u8]) {
+        for buffer in &self.data {
+            let (mine, behind) = to.split_at_mut(buffer.len().min(to.len()));
+            mine.copy_from_slice(buffer.get(..mine.len()).unwrap_or_default());
+            to = behind;
+        }
+    }
+
+    /// Copies `from` to the buffers, one after the other, as far as they go. What lies behind it stays as it is.
+    pub fn scatter(&mut self, mut from: &[u8]) {
+        for buffer in &mut self.data {
+            let (mine, behind) = from.split_at(buffer.len().min(from.len()));
+            if let Some(buffer) = buffer.get_mut(..mine.len()) {
+                buffer.copy_from_slice(mine);
+            }
+            from = behind;
+        }
+    }
 }
 
 /// How a transfer ended.
@@ -165,7 +199,7 @@ pub enum UsbStatus {
 pub struct UsbCompletion {
     /// As it was submitted, with what was received in `data`.
     pub transfer: UsbTransfer,
-    /// Bytes of `data` that were moved; at most its length.
+    /// Bytes of `data` that were moved, from its first on; at most its length.
     pub actual: usize,
     /// How it ended.
     pub status: UsbStatus,
@@ -283,6 +317,24 @@ pub trait HostUsb {
 mod tests {
     use super::*;
     use alloc::string::ToString;
+
+    #[test]
+    fn a_scatter_list_is_one_row_of_bytes() {
+        let data = alloc::vec![Box::from(*b"abc"), Box::default(), Box::from(*b"de")];
+        let (kind, zero_packet) = (UsbTransferKind::Bulk, false);
+        let mut transfer = UsbTransfer { kind, endpoint: 1, data, zero_packet, tag: 0 };
+        assert_eq!(transfer.len(), 5);
+        let mut flat = [b'.'; 7];
+        transfer.gather(&mut flat);
+        assert_eq!(&flat, b"abcde..");
+        transfer.gather(&mut flat[..4]);
+        transfer.scatter(b"1234");
+        transfer.gather(&mut flat);
+        assert_eq!(&flat, b"1234e..");
+        transfer.scatter(b"567890");
+        transfer.gather(&mut flat);
+        assert_eq!(&flat, b"56789..");
+    }
 
     #[test]
     fn paths_are_written_and_read() {

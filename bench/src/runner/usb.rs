@@ -121,7 +121,7 @@ fn reading(anykernel: &Path, dir: &Path, image: &Path) -> Result {
     Ok(vec![
         Record::new(("usb", case, "rumprun"), "MB/s", Better::Higher, &unikernel, peer()).goal(1.0),
         Record::new(("usb", case, "userspace"), "MB/s", Better::Higher, &process, peer()).goal(0.8).note(
-            "in that guest, through libusb and usbfs: each byte is copied three times, with direct I/O never",
+            "in that guest, through libusb and usbfs: each byte is copied twice, with direct I/O never",
         ),
     ])
 }

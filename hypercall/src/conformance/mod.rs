@@ -251,6 +251,7 @@ suite! {
     "usb/descriptors" needs "usb/listed" => usb::descriptors(host, device);
     "usb/open-once" needs "usb/listed" => usb::open_once(host, device);
     "usb/control" needs "usb/descriptors" => usb::control(host, device);
+    "usb/scattered" needs "usb/control" => usb::scattered(host, device);
     "usb/short-in" needs "usb/control" => usb::short_in(host, device);
     "usb/stall" needs "usb/control" => usb::stall(host, device);
     "usb/once" needs "usb/control" => usb::once(host, device);

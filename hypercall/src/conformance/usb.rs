@@ -13,8 +13,12 @@ use alloc::vec::Vec;
 fn get_device(len: u16, tag: u64) -> UsbTransfer {
     let [low, high] = len.to_le_bytes();
     let kind = UsbTransferKind::Control([0x80, 6, 0, 1, 0, 0, low, high]);
-    let data = alloc::vec![0; usize::from(len)].into();
-    UsbTransfer { kind, endpoint: 0, data, zero_packet: false, tag }
+    UsbTransfer { kind, endpoint: 0, data: room(&[usize::from(len)]), zero_packet: false, tag }
+}
+
+/// Buffers of these lengths.
+fn room(lengths: &[usize]) -> Vec<Box<[u8]>> {
+    lengths.iter().map(|len| alloc::vec![0; *len].into()).collect()
 }
 
 /// A device that is closed when dropped.
@@ -51,13 +55,13 @@ impl<H: Host + HostUsb> Open<H> {
 
     /// Submits and waits for the end, which must be about this transfer.
     fn transfer(&self, transfer: UsbTransfer) -> Result<UsbCompletion, Stop> {
-        let (kind, tag, len) = (transfer.kind, transfer.tag, transfer.data.len());
+        let (kind, tag, len) = (transfer.kind, transfer.tag, transfer.len());
         self.submit(transfer)?;
         let Some(over) = self.reap(STUCK_NS) else {
             return Err(Stop::Fail(alloc::format!("{kind:?} did not complete within 3 s")));
         };
         let back = &over.transfer;
-        let same = back.kind == kind && back.tag == tag && back.data.len() == len;
+        let same = back.kind == kind && back.tag == tag && back.len() == len;
         ensure!(same && over.actual <= len, "{kind:?} with tag {tag} came back as {over:?}");
         Ok(over)
     }
@@ -80,9 +84,8 @@ impl<H: Host + HostUsb> Open<H> {
                     let kind =
                         if attributes & 1 == 0 { UsbTransferKind::Bulk } else { UsbTransferKind::Interrupt };
                     let len = usize::from(u16::from_le_bytes([*low, *high]) & 0x7ff);
-                    let data: Box<[u8]> = alloc::vec![0; len].into();
-                    let transfer =
-                        UsbTransfer { kind, endpoint: *endpoint, data, zero_packet: false, tag: 77 };
+                    let (endpoint, data) = (*endpoint, room(&[len]));
+                    let transfer = UsbTransfer { kind, endpoint, data, zero_packet: false, tag: 77 };
                     return Ok((interface, transfer));
                 }
                 _ => {}
@@ -211,8 +214,29 @@ pub(super) fn control<H: Host + HostUsb>(host: H, device: UsbDeviceId) -> Result
     );
     let known = all_descriptors(host, device)?;
     ensure!(
-        known.get(..18) == Some(&over.transfer.data[..]),
+        known.get(..18) == Some(&over.transfer.data.concat()[..]),
         "usb_descriptors and the device tell different things"
+    );
+    Ok(())
+}
+
+pub(super) fn scattered<H: Host + HostUsb>(host: H, device: UsbDeviceId) -> Result<(), Stop> {
+    let open = Open::new(host, device)?;
+    let mut asked = get_device(40, 1);
+    asked.data = room(&[1, 7, 0, 4, 28]);
+    let over = open.transfer(asked)?;
+    ensure!(
+        (over.status, over.actual) == (UsbStatus::Done, 18),
+        "18 bytes into 5 buffers: {:?} after {} bytes",
+        over.status,
+        over.actual
+    );
+    let lengths: Vec<usize> = over.transfer.data.iter().map(|buffer| buffer.len()).collect();
+    ensure!(lengths == [1, 7, 0, 4, 28], "5 buffers came back with the lengths {lengths:?}");
+    let (known, found) = (all_descriptors(host, device)?, over.transfer.data.concat());
+    ensure!(
+        known.get(..18) == found.get(..18),
+        "what was received into 5 buffers is not in them one after the other"
     );
     Ok(())
 }

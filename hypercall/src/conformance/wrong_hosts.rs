@@ -78,6 +78,7 @@ enum Fault {
     UsbDescriptorsCut,
     UsbOpensTwice,
     UsbControlZeroes,
+    UsbFillsFirst,
     UsbShortAsFull,
     UsbStallAsDone,
     UsbCompletesTwice,
@@ -250,6 +251,7 @@ wrong_hosts! {
     usb_descriptors_cut: UsbDescriptorsCut fails "usb/descriptors";
     usb_opens_twice: UsbOpensTwice fails "usb/open-once";
     usb_control_zeroes: UsbControlZeroes fails "usb/control";
+    usb_fills_first: UsbFillsFirst fails "usb/scattered";
     usb_short_as_full: UsbShortAsFull fails "usb/short-in";
     usb_stall_as_done: UsbStallAsDone fails "usb/stall";
     usb_completes_twice: UsbCompletesTwice fails "usb/once";

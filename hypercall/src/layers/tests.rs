@@ -83,7 +83,7 @@ fn call_everything<H: DeviceHost + HostBlock + HostLink + HostUsb>(host: H) {
     let _ = host.usb_set_alternate(nobody, 0, 0);
     let _ = host.usb_clear_halt(nobody, 1);
     let _ = host.usb_reset(nobody);
-    let (kind, data) = (UsbTransferKind::Bulk, Box::default());
+    let (kind, data) = (UsbTransferKind::Bulk, Vec::new());
     let _ = host.usb_submit(nobody, UsbTransfer { kind, endpoint: 1, data, zero_packet: false, tag: 0 });
     host.usb_cancel(nobody, 0);
     host.usb_reap(nobody);

@@ -30,8 +30,29 @@ struct Plugged {
 struct Open {
     signal: Arc<Signal>,
     claimed: Vec<u8>,
-    in_flight: Vec<(UsbTransfer, usize)>,
+    in_flight: Vec<Flight>,
     over: VecDeque<UsbCompletion>,
+}
+
+struct Flight {
+    transfer: UsbTransfer,
+    /// Its data in one piece, and how much of that was moved.
+    flat: Vec<u8>,
+    moved: usize,
+}
+
+impl Flight {
+    fn new(transfer: UsbTransfer) -> Self {
+        let mut flat = alloc::vec![0; transfer.len()];
+        transfer.gather(&mut flat);
+        Self { transfer, flat, moved: 0 }
+    }
+
+    fn over(self, status: UsbStatus) -> UsbCompletion {
+        let Self { mut transfer, flat, moved } = self;
+        transfer.scatter(&flat);
+        UsbCompletion { transfer, actual: moved, status }
+    }
 }
 
 impl Plugged {
@@ -41,26 +62,21 @@ impl Plugged {
         let before = open.over.len();
         let mut blocked = Vec::new();
         let mut still = Vec::new();
-        for (mut transfer, mut moved) in core::mem::take(&mut open.in_flight) {
-            let status = if blocked.contains(&transfer.endpoint) {
+        for mut flight in core::mem::take(&mut open.in_flight) {
+            let UsbTransfer { kind, endpoint, zero_packet, .. } = flight.transfer;
+            let status = if blocked.contains(&endpoint) {
                 None
             } else if self.gone {
                 Some(UsbStatus::Gone)
             } else {
-                usb_progress(
-                    &mut *self.model,
-                    transfer.kind,
-                    transfer.endpoint,
-                    &mut transfer.data,
-                    transfer.zero_packet,
-                    &mut moved,
-                )
+                let (data, moved) = (&mut flight.flat, &mut flight.moved);
+                usb_progress(&mut *self.model, kind, endpoint, data, zero_packet, moved)
             };
             match status {
-                Some(status) => open.over.push_back(UsbCompletion { transfer, actual: moved, status }),
+                Some(status) => open.over.push_back(flight.over(status)),
                 None => {
-                    blocked.push(transfer.endpoint);
-                    still.push((transfer, moved));
+                    blocked.push(endpoint);
+                    still.push(flight);
                 }
             }
         }
@@ -71,12 +87,10 @@ impl Plugged {
     /// Ends what is in flight on `endpoints`.
     fn cancel(&mut self, which: impl Fn(&UsbTransfer) -> bool) {
         let Some(open) = &mut self.open else { return };
-        let (cancelled, rest) =
-            core::mem::take(&mut open.in_flight).into_iter().partition(|(transfer, _)| which(transfer));
+        let (cancelled, rest): (Vec<_>, Vec<_>) =
+            core::mem::take(&mut open.in_flight).into_iter().partition(|flight| which(&flight.transfer));
         open.in_flight = rest;
-        for (transfer, actual) in cancelled {
-            open.over.push_back(UsbCompletion { transfer, actual, status: UsbStatus::Cancelled });
-        }
+        open.over.extend(cancelled.into_iter().map(|flight| flight.over(UsbStatus::Cancelled)));
     }
 
     /// The interfaces of the current configuration with their endpoints.
@@ -316,8 +330,7 @@ impl HostUsb for TestHost {
             let new = transfer.as_ref().ok_or(Error::Invalid)?;
             let right = match new.kind {
                 UsbTransferKind::Control(setup) => {
-                    new.endpoint == 0
-                        && usize::from(u16::from_le_bytes([setup[6], setup[7]])) == new.data.len()
+                    new.endpoint == 0 && usize::from(u16::from_le_bytes([setup[6], setup[7]])) == new.len()
                 }
                 kind => {
                     let attributes = walk(&one.model.descriptors())
@@ -328,12 +341,12 @@ impl HostUsb for TestHost {
                 }
             };
             let open = one.open.as_mut().ok_or(Error::NotFound)?;
-            let in_use = open.in_flight.iter().any(|(other, _)| other.tag == new.tag)
+            let in_use = open.in_flight.iter().any(|other| other.transfer.tag == new.tag)
                 || open.over.iter().any(|other| other.transfer.tag == new.tag);
             if !right || in_use {
                 return Err(Error::Invalid);
             }
-            open.in_flight.extend(transfer.take().map(|new| (new, 0)));
+            open.in_flight.extend(transfer.take().map(Flight::new));
             let signal = open.signal.clone();
             Ok(one.progress().then_some(signal))
         });

@@ -12,7 +12,7 @@
 #include <linux/types.h>
 
 #define AK_ABI_MAGIC 0x616b6d6fu
-#define AK_ABI_VERSION 3u
+#define AK_ABI_VERSION 4u
 #define AK_NO_DEADLINE U64_MAX
 #define AK_ANY_CPU U32_MAX
 
@@ -41,17 +41,23 @@ struct ak_usb_info {
 
 enum { AK_USB_CONTROL, AK_USB_BULK, AK_USB_INTERRUPT };
 
-/* A transfer: data and cookie are the shim's until ak_usb_reap() gives the cookie back. */
-struct ak_usb_transfer {
-	u64 tag;
+struct ak_usb_part {
 	void *data;
 	size_t len;
+};
+
+/* A transfer: parts, what they point to, and cookie are the shim's until ak_usb_reap() gives the cookie back. */
+struct ak_usb_transfer {
+	u64 tag;
+	const struct ak_usb_part *parts;
+	size_t len;	/* of all of them */
 	void *cookie;
 	u8 setup[8];
+	u32 count;	/* of the parts */
 	u8 kind;
 	u8 endpoint;
 	u8 zero_packet;
-	u8 reserved[5];
+	u8 reserved[1];
 };
 
 enum { AK_USB_DONE, AK_USB_STALL, AK_USB_OVERFLOW, AK_USB_ERROR, AK_USB_CANCELLED, AK_USB_GONE };

@@ -17,6 +17,7 @@
 #include <linux/mutex.h>
 #include <linux/notifier.h>
 #include <linux/pm_runtime.h>
+#include <linux/scatterlist.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
@@ -56,8 +57,9 @@ struct ak_flight {
 	struct ak_usb *device;
 	struct urb *urb;
 	void *cookie;
-	void *data;
-	void *bounce;	/* instead of data, if Linux cannot do DMA there */
+	const struct ak_usb_part *parts;
+	u32 count;
+	void *bounce;	/* instead of the parts, if Linux cannot do DMA there */
 	u64 tag;
 	u16 owner;
 	unsigned int pins;	/* somebody cancels it: it must not become another transfer */
@@ -289,6 +291,16 @@ static struct ak_flight *ak_flight_make(struct ak_usb *d)
 	return f;
 }
 
+/* The memory that is ours of its data. */
+static void ak_flight_forget(struct ak_flight *f)
+{
+	kfree(f->urb->sg);
+	f->urb->sg = NULL;
+	f->urb->num_sgs = 0;
+	kfree(f->bounce);
+	f->bounce = NULL;
+}
+
 static void ak_flights_free(struct list_head *flights)
 {
 	struct ak_flight *f, *next;
@@ -299,8 +311,8 @@ static void ak_flights_free(struct list_head *flights)
 			schedule_timeout_uninterruptible(1);
 		/* Waits until its completion handler has returned: its text may be about to go. */
 		usb_kill_urb(f->urb);
+		ak_flight_forget(f);
 		usb_free_urb(f->urb);
-		kfree(f->bounce);
 		kfree(f);
 		atomic_dec(&ak_usb_held);
 	}
@@ -330,25 +342,76 @@ static int ak_usb_check(struct ak_usb *d, const struct ak_usb_transfer *t, struc
 	return endpoint->owner && endpoint->type == types[t->kind] ? 0 : -EINVAL;
 }
 
+/* Whether the controller reaches the parts where they are. The heap gives other memory only when there is none in one piece. */
+static bool ak_usb_reaches(struct ak_usb *d, const struct ak_usb_transfer *t)
+{
+	struct usb_bus *bus = d->udev->bus;
+	u32 i;
+
+	for (i = 0; i < t->count; i++)
+		if (!t->parts[i].len || is_vmalloc_addr(t->parts[i].data))
+			return false;
+	if (t->count == 1)
+		return true;
+	if (t->kind != AK_USB_BULK || t->count > bus->sg_tablesize)
+		return false;
+	for (i = 0; i + 1 < t->count; i++)
+		/* A multiple of every packet size there is, for controllers that end a packet with a part. */
+		if (!bus->no_sg_constraint && t->parts[i].len % 1024)
+			return false;
+	return true;
+}
+
 static int ak_usb_buffer(struct ak_flight *f, const struct ak_usb_transfer *t, bool in)
 {
-	f->data = t->len ? t->data : NULL;
-	f->bounce = NULL;
-	/* The heap gives such memory only when there is none in one piece. */
-	if (!t->len || !is_vmalloc_addr(t->data))
+	struct scatterlist *sg;
+	void *to;
+	u32 i;
+
+	f->parts = t->parts;
+	f->count = t->count;
+	if (!t->len)
 		return 0;
+	if (ak_usb_reaches(f->device, t)) {
+		if (t->count == 1)
+			return 0;
+		sg = kmalloc_array(t->count, sizeof(*sg), AK_GFP);
+		if (!sg)
+			return -ENOMEM;
+		sg_init_table(sg, t->count);
+		for (i = 0; i < t->count; i++)
+			sg_set_buf(&sg[i], t->parts[i].data, t->parts[i].len);
+		f->urb->sg = sg;
+		f->urb->num_sgs = t->count;
+		return 0;
+	}
 	f->bounce = kmalloc(t->len, AK_GFP);
 	if (!f->bounce)
 		return -ENOMEM;
-	if (!in)
-		memcpy(f->bounce, t->data, t->len);
+	for (i = 0, to = f->bounce; !in && i < t->count; to += t->parts[i++].len)
+		memcpy(to, t->parts[i].data, t->parts[i].len);
 	return 0;
+}
+
+/* What was received, if it is not where it belongs. */
+static void ak_usb_unbounce(struct ak_flight *f)
+{
+	size_t rest = min(f->urb->actual_length, f->urb->transfer_buffer_length), len;
+	void *from = f->bounce;
+	u32 i;
+
+	if (!f->bounce || !usb_urb_dir_in(f->urb))
+		return;
+	for (i = 0; i < f->count; i++, from += len, rest -= len) {
+		len = min(rest, f->parts[i].len);
+		memcpy(f->parts[i].data, from, len);
+	}
 }
 
 static void ak_usb_fill(struct ak_flight *f, const struct ak_usb_transfer *t, const struct ak_endpoint *endpoint)
 {
 	struct usb_device *udev = f->device->udev;
-	void *data = f->bounce ?: f->data;
+	void *data = f->bounce ?: t->len && t->count == 1 ? t->parts[0].data : NULL;
 	u8 number = t->endpoint & 15;
 	bool in = t->endpoint & USB_DIR_IN;
 	unsigned int pipe;
@@ -413,8 +476,7 @@ static int ak_usb_start_transfer(struct ak_usb *d, const struct ak_usb_transfer 
 	error = usb_submit_urb(f->urb, AK_GFP);
 	if (!error)
 		return 0;
-	kfree(f->bounce);
-	f->bounce = NULL;
+	ak_flight_forget(f);
 	spin_lock_irq(&ak_usb_lock);
 	list_move_tail(&f->node, &d->spare);
 	spin_unlock_irq(&ak_usb_lock);
@@ -480,10 +542,8 @@ void *ak_usb_reap(u64 id, struct ak_usb_over *over)
 	if (f) {
 		over->actual = f->urb->actual_length;
 		over->status = ak_usb_status(d, f->urb->status);
-		if (f->bounce && usb_urb_dir_in(f->urb))
-			memcpy(f->data, f->bounce, min(over->actual, f->urb->transfer_buffer_length));
-		kfree(f->bounce);
-		f->bounce = NULL;
+		ak_usb_unbounce(f);
+		ak_flight_forget(f);
 		cookie = f->cookie;
 		spin_lock_irq(&ak_usb_lock);
 		list_add_tail(&f->node, &d->spare);

@@ -6,7 +6,7 @@
 use core::ffi::c_void;
 
 pub(crate) const ABI_MAGIC: u32 = 0x616b_6d6f;
-pub(crate) const ABI_VERSION: u32 = 3;
+pub(crate) const ABI_VERSION: u32 = 4;
 pub(crate) const NO_DEADLINE: u64 = u64::MAX;
 pub(crate) const ANY_CPU: u32 = u32::MAX;
 pub(crate) const WOKEN: i32 = 0;
@@ -46,18 +46,26 @@ pub(crate) const USB_CONTROL: u8 = 0;
 pub(crate) const USB_BULK: u8 = 1;
 pub(crate) const USB_INTERRUPT: u8 = 2;
 
+/// `struct ak_usb_part`.
+#[repr(C)]
+pub(crate) struct UsbPart {
+    pub(crate) data: *mut u8,
+    pub(crate) len: usize,
+}
+
 /// `struct ak_usb_transfer`.
 #[repr(C)]
 pub(crate) struct UsbTransfer {
     pub(crate) tag: u64,
-    pub(crate) data: *mut u8,
+    pub(crate) parts: *const UsbPart,
     pub(crate) len: usize,
     pub(crate) cookie: *mut c_void,
     pub(crate) setup: [u8; 8],
+    pub(crate) count: u32,
     pub(crate) kind: u8,
     pub(crate) endpoint: u8,
     pub(crate) zero_packet: u8,
-    pub(crate) reserved: [u8; 5],
+    pub(crate) reserved: [u8; 1],
 }
 
 pub(crate) const USB_DONE: u32 = 0;
@@ -186,7 +194,7 @@ unsafe extern "C" {
     pub(crate) safe fn ak_usb_set_alternate(device: u64, interface: u32, alternate: u32) -> i32;
     pub(crate) safe fn ak_usb_clear_halt(device: u64, endpoint: u32) -> i32;
     pub(crate) safe fn ak_usb_reset(device: u64) -> i32;
-    /// `data` has `len` bytes and is left alone, as is the cookie, until `ak_usb_reap` gives that back; unless the call fails.
+    /// The parts and their data are left alone, as is the cookie, until `ak_usb_reap` gives that back; unless the call fails.
     pub(crate) fn ak_usb_submit(device: u64, transfer: *const UsbTransfer) -> i32;
     pub(crate) safe fn ak_usb_cancel(device: u64, tag: u64);
     /// `over` is written if a cookie is returned.

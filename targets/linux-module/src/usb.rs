@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::ptr;
 use hypercall::{
-    HostUsb, Result, Signal, UsbCompletion, UsbDeviceId, UsbDeviceInfo, UsbPath, UsbRefused, UsbSpeed,
+    Error, HostUsb, Result, Signal, UsbCompletion, UsbDeviceId, UsbDeviceInfo, UsbPath, UsbRefused, UsbSpeed,
     UsbStatus, UsbTransfer, UsbTransferKind,
 };
 
@@ -61,13 +61,20 @@ fn list() -> Vec<ffi::UsbInfo> {
     }
 }
 
+/// What a cookie points to.
+struct Flight {
+    transfer: UsbTransfer,
+    /// Where its buffers are.
+    parts: Vec<ffi::UsbPart>,
+}
+
 /// The transfer that `ak_usb_reap` has just given back.
 ///
 /// # Safety
 /// `cookie` is what `usb_submit` leaked, and is given back once.
-unsafe fn taken_back(cookie: *mut c_void) -> UsbTransfer {
+unsafe fn taken_back(cookie: *mut Flight) -> UsbTransfer {
     // SAFETY: by the caller's promise.
-    *unsafe { Box::from_raw(cookie.cast()) }
+    unsafe { Box::from_raw(cookie) }.transfer
 }
 
 impl HostUsb for LinuxHost {
@@ -141,16 +148,25 @@ impl HostUsb for LinuxHost {
             UsbTransferKind::Interrupt => (ffi::USB_INTERRUPT, [0; 8]),
         };
         let (tag, endpoint, zero_packet) = (transfer.tag, transfer.endpoint, transfer.zero_packet.into());
-        let cookie = Box::into_raw(Box::new(transfer));
-        // SAFETY: made just now, and nobody else's yet.
-        let data = unsafe { &mut (*cookie).data };
-        let (data, len, cookie) = (data.as_mut_ptr(), data.len(), cookie.cast());
+        let mut parts = Vec::new();
+        if parts.try_reserve_exact(transfer.data.len()).is_err() {
+            return Err(UsbRefused { transfer, error: Error::NoMemory });
+        }
+        let mut flight = Box::new(Flight { transfer, parts });
+        let Flight { transfer, parts } = &mut *flight;
+        let of = |buffer: &mut Box<[u8]>| ffi::UsbPart { data: buffer.as_mut_ptr(), len: buffer.len() };
+        parts.extend(transfer.data.iter_mut().map(of));
+        let (len, count) = (transfer.len(), u32::try_from(parts.len()).unwrap_or(u32::MAX));
+        let parts = parts.as_ptr();
+        let flight = Box::into_raw(flight);
+        let cookie = flight.cast();
+        let reserved = [0; 1];
         let asked =
-            ffi::UsbTransfer { tag, data, len, cookie, setup, kind, endpoint, zero_packet, reserved: [0; 5] };
-        // SAFETY: the buffer is heap memory of that length, which nobody touches until the cookie comes back.
+            ffi::UsbTransfer { tag, parts, len, cookie, setup, count, kind, endpoint, zero_packet, reserved };
+        // SAFETY: the parts are heap memory and name heap memory of these lengths, which nobody touches until the cookie comes back.
         check(unsafe { ffi::ak_usb_submit(device.0, &raw const asked) }).map_err(|error| {
             // SAFETY: it was not accepted, so the cookie does not come back otherwise.
-            UsbRefused { transfer: unsafe { taken_back(cookie) }, error }
+            UsbRefused { transfer: unsafe { taken_back(flight) }, error }
         })
     }
 
@@ -166,8 +182,8 @@ impl HostUsb for LinuxHost {
             return None;
         }
         // SAFETY: C gives each cookie back once.
-        let transfer = unsafe { taken_back(cookie) };
-        let actual = usize::try_from(over.actual).unwrap_or(0).min(transfer.data.len());
+        let transfer = unsafe { taken_back(cookie.cast()) };
+        let actual = usize::try_from(over.actual).unwrap_or(0).min(transfer.len());
         Some(UsbCompletion { transfer, actual, status: status(over.status) })
     }
 }

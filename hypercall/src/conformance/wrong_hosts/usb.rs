@@ -77,7 +77,7 @@ impl HostUsb for Wrong {
     fn usb_submit(&self, device: UsbDeviceId, transfer: UsbTransfer) -> Result<(), UsbRefused> {
         self.host.usb_submit(device, transfer).map_err(|mut refused| {
             if self.is(Fault::UsbKeepsRefused) {
-                refused.transfer.data = Box::new([]);
+                refused.transfer.data.clear();
             }
             refused
         })
@@ -95,8 +95,13 @@ impl HostUsb for Wrong {
         // The last of the eight that `once` submits.
         let eighth = over.transfer.tag == 17;
         match self.fault {
-            Fault::UsbControlZeroes => over.transfer.data.fill(0),
-            Fault::UsbShortAsFull => over.actual = over.transfer.data.len(),
+            Fault::UsbControlZeroes => over.transfer.data.iter_mut().for_each(|buffer| buffer.fill(0)),
+            Fault::UsbFillsFirst => {
+                if let Some(second) = over.transfer.data.get_mut(1) {
+                    second.fill(0);
+                }
+            }
+            Fault::UsbShortAsFull => over.actual = over.transfer.len(),
             Fault::UsbStallAsDone if over.status == UsbStatus::Stall => over.status = UsbStatus::Done,
             Fault::UsbCompletesTwice if eighth => {
                 *self.memo.completion.lock().unwrap() = Some(over.clone());

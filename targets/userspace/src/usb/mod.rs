@@ -251,7 +251,7 @@ impl Open {
     fn check(&self, transfer: &UsbTransfer) -> Result<()> {
         let kind = match transfer.kind {
             UsbTransferKind::Control([.., low, high]) => {
-                let fits = usize::from(u16::from_le_bytes([low, high])) == transfer.data.len();
+                let fits = usize::from(u16::from_le_bytes([low, high])) == transfer.len();
                 return if fits && transfer.endpoint == 0 { Ok(()) } else { Err(Error::Invalid) };
             }
             UsbTransferKind::Bulk => rusb::TransferType::Bulk,

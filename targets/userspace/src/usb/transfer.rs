@@ -34,6 +34,8 @@ struct State {
     flying: HashMap<u64, Raw>,
     over: VecDeque<UsbCompletion>,
     closing: bool,
+    /// Threads in [`Transfers::wait`].
+    waiting: usize,
     /// Shared memory that nothing uses now, and how many pieces there are in all.
     idle: Vec<Shared>,
     shared: usize,
@@ -64,18 +66,11 @@ impl Shared {
         (!start.is_null()).then_some(Self { start, handle })
     }
 
-    /// Copies from its beginning; at most [`SHARED_LEN`] bytes.
-    fn read(&self, to: &mut [u8]) {
-        assert!(to.len() <= SHARED_LEN);
-        // SAFETY: that many bytes are there, mapped as long as we are, and no transfer uses them now.
-        unsafe { std::ptr::copy_nonoverlapping(self.start, to.as_mut_ptr(), to.len()) };
-    }
-
-    /// Copies to its beginning, likewise.
-    fn write(&self, from: &[u8]) {
-        assert!(from.len() <= SHARED_LEN);
-        // SAFETY: as above.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.start, from.len()) };
+    /// All of it, while no transfer uses it.
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: that many bytes are there, zeroed when they were mapped, as long as we are; the kernel writes to them only during
+        // a transfer, and then `Memory::start` was asked, not this.
+        unsafe { std::slice::from_raw_parts_mut(self.start, SHARED_LEN) }
     }
 }
 
@@ -114,14 +109,57 @@ struct Raw {
 // lock around the map that holds it.
 unsafe impl Send for Raw {}
 
+/// The one piece of memory that libusb wants for a transfer.
+enum Memory {
+    /// The transfer's only buffer itself.
+    Own,
+    /// Stands in for its buffers; those of a control transfer follow the setup packet.
+    Heap(Vec<u8>),
+    Shared(Shared),
+}
+
+impl Memory {
+    /// The bytes that stand in for the buffers of `kind`.
+    fn bytes(&mut self, kind: UsbTransferKind) -> Option<&mut [u8]> {
+        match self {
+            Self::Own => None,
+            Self::Heap(bytes) => match kind {
+                UsbTransferKind::Control(_) => bytes.get_mut(SETUP..),
+                _ => Some(bytes),
+            },
+            Self::Shared(shared) => Some(shared.bytes()),
+        }
+    }
+}
+
 /// What the callback finds at `user_data`.
 struct Flight {
     owner: Arc<Transfers>,
     transfer: UsbTransfer,
-    /// Setup packet and data of a control transfer, which libusb wants in one piece.
-    control: Vec<u8>,
-    /// What stands in for the transfer's own buffer.
-    shared: Option<Shared>,
+    memory: Memory,
+}
+
+impl Flight {
+    /// Where libusb finds the data, and its length; both stay as they are when the flight is moved.
+    fn place(&mut self) -> (*mut u8, usize) {
+        match &mut self.memory {
+            Memory::Own => match self.transfer.data.first_mut() {
+                Some(buffer) => (buffer.as_mut_ptr(), buffer.len()),
+                None => (std::ptr::dangling_mut(), 0),
+            },
+            Memory::Heap(bytes) => (bytes.as_mut_ptr(), bytes.len()),
+            Memory::Shared(shared) => (shared.start, self.transfer.len()),
+        }
+    }
+}
+
+/// Whether data goes to the host.
+fn receives(transfer: &UsbTransfer) -> bool {
+    let direction = match transfer.kind {
+        UsbTransferKind::Control([request_type, ..]) => request_type,
+        _ => transfer.endpoint,
+    };
+    direction & 0x80 != 0
 }
 
 impl Transfers {
@@ -155,19 +193,6 @@ impl Transfers {
             return Err(UsbRefused { transfer, error: Error::Invalid });
         }
         let (tag, endpoint, busy) = (transfer.tag, transfer.endpoint, !state.flying.is_empty());
-        let control = match transfer.kind {
-            UsbTransferKind::Control(setup) => {
-                let to_host = setup[0] & 0x80 != 0;
-                let mut bytes = Vec::with_capacity(SETUP + transfer.data.len());
-                bytes.extend_from_slice(&setup);
-                match to_host {
-                    true => bytes.resize(SETUP + transfer.data.len(), 0),
-                    false => bytes.extend_from_slice(&transfer.data),
-                }
-                bytes
-            }
-            _ => Vec::new(),
-        };
         let kind = match transfer.kind {
             UsbTransferKind::Control(_) => LIBUSB_TRANSFER_TYPE_CONTROL,
             UsbTransferKind::Bulk => LIBUSB_TRANSFER_TYPE_BULK,
@@ -178,24 +203,29 @@ impl Transfers {
         if raw.is_null() {
             return Err(UsbRefused { transfer, error: Error::NoMemory });
         }
+        let len = transfer.len();
         let shared = match transfer.kind {
-            UsbTransferKind::Bulk => state.share(handle, transfer.data.len()),
+            UsbTransferKind::Bulk => state.share(handle, len),
             _ => None,
         };
-        let mut flight = Box::new(Flight { owner: self.clone(), transfer, control, shared });
-        let bytes: &mut [u8] = match flight.control.is_empty() {
-            true => &mut flight.transfer.data,
-            false => &mut flight.control,
-        };
-        let (mut data, len) = (bytes.as_mut_ptr(), bytes.len());
-        if let Some(shared) = &flight.shared {
-            if endpoint & 0x80 == 0 {
-                shared.write(&flight.transfer.data);
+        let mut memory = match (shared, transfer.kind) {
+            (Some(shared), _) => Memory::Shared(shared),
+            (None, UsbTransferKind::Control(setup)) => {
+                let mut bytes = setup.to_vec();
+                bytes.resize(SETUP + len, 0);
+                Memory::Heap(bytes)
             }
-            data = shared.start;
+            (None, _) if transfer.data.len() > 1 => Memory::Heap(vec![0; len]),
+            (None, _) => Memory::Own,
+        };
+        if let Some(bytes) = memory.bytes(transfer.kind)
+            && !receives(&transfer)
+        {
+            transfer.gather(bytes);
         }
-        let zero =
-            flight.transfer.zero_packet && endpoint & 0x80 == 0 && kind != LIBUSB_TRANSFER_TYPE_CONTROL;
+        let zero = transfer.zero_packet && !receives(&transfer) && kind != LIBUSB_TRANSFER_TYPE_CONTROL;
+        let mut flight = Box::new(Flight { owner: self.clone(), transfer, memory });
+        let (data, len) = flight.place();
         let flight = Box::into_raw(flight);
         // SAFETY: both were made just now and are nobody else's. The buffers are heap memory that does not move with `Flight`, or
         // shared memory that it owns, and are left alone until the callback.
@@ -218,11 +248,13 @@ impl Transfers {
             return Ok(());
         }
         // SAFETY: libusb did not take it, so there will be no callback and both are still ours.
-        let mut flight = unsafe {
+        let Flight { transfer, memory, .. } = unsafe {
             ffi::libusb_free_transfer(raw);
-            Box::from_raw(flight)
+            *Box::from_raw(flight)
         };
-        state.idle.extend(flight.shared.take());
+        if let Memory::Shared(shared) = memory {
+            state.idle.push(shared);
+        }
         let error = match code {
             LIBUSB_ERROR_NO_DEVICE => Error::Gone,
             LIBUSB_ERROR_NO_MEM if busy => Error::WouldBlock,
@@ -232,7 +264,7 @@ impl Transfers {
             }
             _ => Error::Io,
         };
-        Err(UsbRefused { transfer: flight.transfer, error })
+        Err(UsbRefused { transfer, error })
     }
 
     /// Asks that those in flight that `which` picks, by tag and endpoint, end soon.
@@ -248,9 +280,11 @@ impl Transfers {
     /// Waits until none in flight is left that `which` picks. Events must be handled meanwhile.
     pub(super) fn wait(&self, which: impl Fn(u64, u8) -> bool) {
         let mut state = self.state.lock().recover();
+        state.waiting += 1;
         while state.flying.iter().any(|(tag, raw)| which(*tag, raw.endpoint)) {
             state = self.ended.wait(state).recover();
         }
+        state.waiting -= 1;
     }
 
     /// Cancels everything and waits for it; what is over is forgotten, and the signal dropped.
@@ -275,17 +309,12 @@ extern "system" fn completed(raw: *mut ffi::libusb_transfer) {
         let flight = Box::from_raw((*raw).user_data.cast::<Flight>());
         (flight, (*raw).status, (*raw).actual_length)
     };
-    let Flight { owner, mut transfer, control, shared } = *flight;
-    let actual = usize::try_from(actual).unwrap_or(0).min(transfer.data.len());
-    if let (Some(shared), Some(data)) = (&shared, transfer.data.get_mut(..actual))
-        && transfer.endpoint & 0x80 != 0
+    let Flight { owner, mut transfer, mut memory } = *flight;
+    let actual = usize::try_from(actual).unwrap_or(0).min(transfer.len());
+    if let Some(bytes) = memory.bytes(transfer.kind).and_then(|bytes| bytes.get(..actual))
+        && receives(&transfer)
     {
-        shared.read(data);
-    }
-    if let (UsbTransferKind::Control([kind, ..]), Some(data)) = (transfer.kind, control.get(SETUP..))
-        && kind & 0x80 != 0
-    {
-        transfer.data.copy_from_slice(data);
+        transfer.scatter(bytes);
     }
     let status = match status {
         LIBUSB_TRANSFER_COMPLETED => UsbStatus::Done,
@@ -299,11 +328,16 @@ extern "system" fn completed(raw: *mut ffi::libusb_transfer) {
     state.flying.remove(&transfer.tag);
     // SAFETY: freed once, and nobody finds it in the map any more.
     unsafe { ffi::libusb_free_transfer(raw) };
-    state.idle.extend(shared);
+    if let Memory::Shared(shared) = memory {
+        state.idle.push(shared);
+    }
     if !state.closing {
         state.over.push_back(UsbCompletion { transfer, actual, status });
     }
+    let awaited = state.waiting > 0;
     drop(state);
-    owner.ended.notify_all();
+    if awaited {
+        owner.ended.notify_all();
+    }
     owner.raise();
 }
