@@ -361,7 +361,7 @@ echo 02:00:00:00:01:02 >one/functions/ncm.0/host_addr
 echo 02:00:00:00:02:02 >two/functions/ncm.0/host_addr
 udc=$(ls /sys/class/udc)
 fetch() {
-	n=0; while ! wget -q -T 5 -O /tmp/got http://10.77.0.2/$1 && [ $n -lt 100 ]; do sleep 0.2; n=$((n + 1)); done
+	n=0; while ! curl -s --max-time 20 -o /tmp/got http://10.77.0.2/$1 && [ $n -lt 100 ]; do sleep 0.2; n=$((n + 1)); done
 }
 plug() {
 	echo $udc >$1/UDC
@@ -401,6 +401,8 @@ fn a_network_device_that_linux_plays_is_taken() {
     let args = ["-blockdev", &stick, "-device", "usb-storage,drive=stick,bus=usb.0,port=1"];
     let mut files = files(NCM);
     files.drivers(&["dummy_hcd", "usb_f_ncm"]).unwrap();
+    // busybox' wget does not work without the C library's files.
+    files.program(Path::new("/usr/bin/curl"), "bin/curl").unwrap();
     let text = boot(dir.path(), files, &args, |_, wish| panic!("{wish}"));
     all_ok(&text, &["small", "ping", "another", "server"]);
     assert!(text.contains(&format!("big.bin is {big}")), "{text}");
