@@ -121,18 +121,20 @@ fn fuzz(options: &Options) -> Result<Outcome, Failure> {
     };
     let mut progress = Progress::new(&options.target, workers, show);
     let mut findings: Vec<Finding> = Vec::new();
-    let mut left = workers;
+    // `stopped`: by us. What is said by who did not end by himself is nothing to tell.
+    let (mut left, mut stopped) = (workers, false);
     while left > 0 {
         let event = events.recv_timeout(Duration::from_millis(250));
         let late = end.is_some_and(|end| Instant::now() > end + Duration::from_secs(30));
         if interrupt::interrupted() || late {
+            stopped = true;
             running.iter_mut().for_each(Worker::stop);
         }
         match event {
             Ok(Event::Status { worker, status }) => progress.update(worker, status),
             Ok(Event::Ended { worker, artifact, said }) => {
                 let Some(artifact) = artifact else {
-                    if !said.is_empty() && !interrupt::interrupted() {
+                    if !said.is_empty() && !stopped {
                         running.iter_mut().for_each(Worker::stop);
                         return Err(Failure::new(format!("the fuzzer ended by itself:\n{said}")));
                     }
@@ -147,9 +149,10 @@ fn fuzz(options: &Options) -> Result<Outcome, Failure> {
                     progress.say(&findings[known].tell(options, progress.executions(), start.elapsed()));
                 }
                 if stop {
+                    stopped = true;
                     running.iter_mut().for_each(Worker::stop);
                     left -= 1;
-                } else if end.is_none_or(|end| Instant::now() < end) && !interrupt::interrupted() {
+                } else if end.is_none_or(|end| Instant::now() < end) && !stopped {
                     running[worker] = Worker::start(worker, &program, &folders, options, end, send.clone())?;
                     progress.restarted(worker);
                 } else {
