@@ -345,6 +345,69 @@ fn a_keyboard_and_a_network_device_are_taken() {
     }
 }
 
+/// Linux plays a network device (its own NCM function on its dummy controller) and fetches a file through it from a server that has
+/// taken that device. Then it pulls that out, plugs another one in, and fetches again.
+const NCM: &str = r#"
+there 2-1
+mount -t configfs none /sys/kernel/config
+cd /sys/kernel/config/usb_gadget
+for g in one two; do
+	mkdir $g $g/configs/c.1 $g/functions/ncm.0
+	echo 0x1209 >$g/idVendor
+	echo 0x0001 >$g/idProduct
+	ln -s $g/functions/ncm.0 $g/configs/c.1/
+done
+echo 02:00:00:00:01:02 >one/functions/ncm.0/host_addr
+echo 02:00:00:00:02:02 >two/functions/ncm.0/host_addr
+udc=$(ls /sys/class/udc)
+fetch() {
+	n=0; while ! curl -s --max-time 20 -o /tmp/got http://10.77.0.2/$1 && [ $n -lt 100 ]; do sleep 0.2; n=$((n + 1)); done
+}
+plug() {
+	echo $udc >$1/UDC
+	there 3-1
+	nic=$(cat $1/functions/ncm.0/ifname)
+	ip addr add 10.77.0.1/24 dev $nic
+	ip link set $nic up
+}
+plug one
+anykernel run httpd --net usb --usb host:3-1 --address 10.77.0.2/24 --mount usb2-1:/ >/tmp/said 2>&1 &
+pid=$!
+fetch SHA256SUMS
+check small grep -q big.bin /tmp/got
+fetch big.bin
+echo "big.bin is $(sha256sum </tmp/got)"
+ping -c 3 -s 1400 -q 10.77.0.2
+check ping [ $? = 0 ]
+echo >one/UDC
+gone 3-1
+ip addr flush dev $nic
+plug two
+rm /tmp/got
+fetch SHA256SUMS
+check another grep -q big.bin /tmp/got
+kill -INT $pid
+wait $pid
+check server [ $? = 0 ]
+cat /tmp/said
+"#;
+
+#[test]
+fn a_network_device_that_linux_plays_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, big) = stick(dir.path());
+    let stick =
+        format!("driver=raw,node-name=stick,read-only=on,file.driver=file,file.filename={}", image.display());
+    let args = ["-blockdev", &stick, "-device", "usb-storage,drive=stick,bus=usb.0,port=1"];
+    let mut files = files(NCM);
+    files.drivers(&["dummy_hcd", "usb_f_ncm"]).unwrap();
+    // busybox' wget does not work without the C library's files.
+    files.program(Path::new("/usr/bin/curl"), "bin/curl").unwrap();
+    let text = boot(dir.path(), files, &args, |_, wish| panic!("{wish}"));
+    all_ok(&text, &["small", "ping", "another", "server"]);
+    assert!(text.contains(&format!("big.bin is {big}")), "{text}");
+}
+
 /// A stick is listed, read, written and captured; behind it a port has a keyboard, which is no disk.
 const READ_AND_WRITE: &str = r#"
 there 2-1
