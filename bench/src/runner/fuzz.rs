@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-const RUNS: usize = 3;
+const RUNS: usize = 5;
 /// Of each measurement.
 const SECONDS: u64 = 5;
 /// Processes started to measure a process for each execution.
