@@ -28,7 +28,7 @@ const PLANTS: [Plant; 7] = [
     },
     Plant { name: "unchecked-extent", target: "ext4", runs: 400_000, place: "vfs/src/ext4/map.rs" },
     Plant { name: "fat-cluster-loop", target: "fat", runs: 200_000, place: "vfs/src/fat/chain.rs" },
-    Plant { name: "dns-compression-loop", target: "dns", runs: 200_000, place: "net/src/dns.rs" },
+    Plant { name: "dns-compression-loop", target: "dns", runs: 1_500_000, place: "net/src/dns.rs" },
     Plant { name: "tcp-urgent-overflow", target: "tcp", runs: 200_000, place: "net/src/packet.rs" },
     Plant { name: "http-range-overflow", target: "http", runs: 200_000, place: "httpd/src/range.rs" },
 ];
