@@ -12,6 +12,8 @@ for program in fuzz_targets/*.rs; do
   name=$(basename "$program" .rs)
   cp "target/x86_64-unknown-linux-gnu/release/$name" "$OUT/"
   find corpus/"$name" regressions/"$name" -type f 2>/dev/null | zip -qj "$OUT/${name}_seed_corpus.zip" -@
+  # The harness looks for leaks itself.
+  printf '[libfuzzer]\ndetect_leaks = 0\n' >"$OUT/$name.options"
   if [ -f "dictionaries/$name.dict" ]; then
     cp "dictionaries/$name.dict" "$OUT/"
   fi

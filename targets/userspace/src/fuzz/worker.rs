@@ -57,7 +57,8 @@ impl Worker {
         let mut command = build::start(program)?;
         command.arg("-print_final_stats=1").arg("-max_len=4096");
         command.arg(format!("-timeout={TIMEOUT}")).arg(format!("-rss_limit_mb={MEMORY_MB}"));
-        command.arg(format!("-artifact_prefix={}/", folders.artifacts.display()));
+        // Of its own: two workers may find the same input.
+        command.arg(format!("-artifact_prefix={}/{index}-", folders.artifacts.display()));
         if let Some(end) = end {
             let left = end.saturating_duration_since(Instant::now()).as_secs().max(1);
             command.arg(format!("-max_total_time={left}"));
