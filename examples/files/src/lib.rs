@@ -182,7 +182,7 @@ async fn fill(stream: &TcpStream, buffer: &mut [u8]) -> Result<bool, NetError> {
 
 async fn talk(stream: &TcpStream, session: &mut Session) -> Result<(), NetError> {
     stream.0.set_nodelay(true)?;
-    let mut message = Vec::new();
+    let mut message = vec![0; wire::HEADER];
     loop {
         message.resize(wire::HEADER, 0);
         if !fill(stream, &mut message).await? {

@@ -246,7 +246,7 @@ impl Session {
                 let (cursor, count) = (some(body.u64())?, room(some(body.u32())?));
                 answer.u32(0);
                 list(inode, cursor, COUNTED + count, answer)?;
-                answer.set_u32(HEADER, (answer.len() - COUNTED) as u32);
+                answer.set_u32(HEADER, (answer.written() - COUNTED) as u32);
             }
             // Whoever says so wants all of it to be there.
             _ => {
@@ -319,7 +319,7 @@ fn list(inode: &Arc<dyn Inode>, mut cursor: u64, room: usize, answer: &mut Write
             false
         })?;
         let Some((entry, next)) = one.zip(next) else { return Ok(()) };
-        if answer.len() + 13 + 8 + 1 + 2 + entry.name.len() > room {
+        if answer.written() + 13 + 8 + 1 + 2 + entry.name.len() > room {
             return Ok(());
         }
         // readdir(3)'s type.

@@ -202,9 +202,8 @@ impl Writer {
         self.bytes(&[kind]).u32(0).u64(inode)
     }
 
-    /// How long it is so far.
-    #[expect(clippy::len_without_is_empty, reason = "a message always has its header")]
-    pub fn len(&self) -> usize {
+    /// How long it is so far, in bytes.
+    pub fn written(&self) -> usize {
         self.0.len()
     }
 
