@@ -12,8 +12,9 @@ use crate::sync::Mutex;
 use crate::task::Executor;
 use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
 use core::any::Any;
-use core::fmt;
+use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
+use hypercall::layers::ByteRing;
 use hypercall::{CpuId, Host, Refusal, Signal, ThreadId, ThreadSpec};
 
 /// Why an instance or a component did not start.
@@ -265,6 +266,35 @@ impl<H: Host> Kernel<H> {
         self.registry.lock().counters.0.iter().map(|(name, counter)| (name.clone(), counter.get())).collect()
     }
 
+    /// Starts a thread that writes all counters to `to` twice a second, as lines of a name and a number with an empty one after
+    /// the last; what nobody reads in time is left out.
+    pub fn report_counters(self: &Arc<Self>, to: ByteRing) -> Result<(), StartError> {
+        const PERIOD_NS: u64 = 500_000_000;
+        let (kernel, signal) = (Arc::downgrade(self), Arc::new(Signal::new()));
+        self.raise_on_stop(signal.clone());
+        self.spawn("counters", None, move || {
+            loop {
+                let seen = signal.count();
+                let Some(kernel) = kernel.upgrade() else { return };
+                let mut text = String::new();
+                for (name, value) in kernel.counters() {
+                    // A string takes everything.
+                    let _ = writeln!(text, "{name} {value}");
+                }
+                text.push('\n');
+                if to.has_room_for(text.len()) {
+                    to.write(text.as_bytes(), || false);
+                }
+                let (host, stopping) = (kernel.host(), kernel.stopping());
+                drop(kernel);
+                if stopping {
+                    return;
+                }
+                signal.wait(&host, seen, Some(host.monotonic_ns().saturating_add(PERIOD_NS)));
+            }
+        })
+    }
+
     /// Starts a thread that [`Kernel::shutdown`] joins. It must return soon after [`Kernel::stopping`] turned true; if it
     /// sleeps on a signal, give that to [`Kernel::raise_on_stop`].
     pub fn spawn(
@@ -509,6 +539,19 @@ mod tests {
             .unwrap();
         kernel.shutdown();
         assert!(done.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn counters_are_reported_until_the_end() {
+        let (kernel, ring) = (Kernel::new(TestHost::new(), Config::default()), ByteRing::new(4096).unwrap());
+        kernel.counter("net.drops").add(2);
+        kernel.report_counters(ring).unwrap();
+        kernel.counter("vfs.hits").add(7);
+        kernel.shutdown();
+        let mut text = Vec::new();
+        ring.read(&mut text);
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.ends_with("net.drops 2\nvfs.hits 7\n\n"), "{text}");
     }
 
     #[test]

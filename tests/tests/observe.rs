@@ -1,19 +1,29 @@
 //! What a person sees of a running domain, on every target: traces, frames, and recordings that run again in a process. Needs
 //! what booting the targets needs, curl, and tshark (Debian: apt-get install tshark).
 
+use anykernel::Kernel;
+use anykernel::config::{Config, Mount};
 use anykernel_tests::{Running, anykernel, free_port, line};
+use anykernel_usb::testing::StorageModel;
+use anykernel_usb::{Claim, Options, UsbStack};
+use anykernel_userspace::qemu::linux_module;
+use anykernel_userspace::record::Recording;
+use anykernel_userspace::replay::header;
 use anykernel_userspace::runner::{self, Target};
-use anykernel_userspace::{NetSpec, RunSpec, gateway};
-use hypercall::ExitStatus;
+use anykernel_userspace::{NetSpec, RunSpec, apps, gateway, start_components};
+use hypercall::layers::{Recorded, Recorder};
+use hypercall::testing::TestHost;
+use hypercall::{ExitStatus, UsbPath};
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::io::BufReader;
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
+use std::process::{ChildStdout, Command};
+use std::time::{Duration, Instant};
 
 /// The application `selftest`: it calls the whole core contract and sends packets to itself and its neighbour, then ends.
 fn selftest(trace: &Path, frames: &Path) -> RunSpec {
-    let config = anykernel::config::Config {
+    let config = Config {
         app: ["selftest", "conformance", "network"].map(Into::into).into(),
         log: "warn".into(),
         interfaces: vec![gateway::guest_interface()],
@@ -73,14 +83,13 @@ fn traces_of_linux_module() {
 
 const SITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../targets/userspace/demo/site.ext4");
 
-/// Serves real clients, recorded, and runs the recording twice.
-fn is_replayed(target: &str) {
-    let dir = tempfile::tempdir().unwrap();
-    let (file, port) = (dir.path().join("recording"), free_port());
+/// A server of the demo's site that real clients have asked for a page, eight times, and what it says.
+fn serve(target: &str, more: &[&str]) -> (Running, BufReader<ChildStdout>) {
+    let port = free_port();
     let mut command = Command::new(anykernel());
-    command.args(["run", "httpd", "--json", "--on", target, "--cpus", "2", "--disk", SITE, "--record"]);
-    command.arg(&file).args(["--publish", &format!("{port}:80")]);
-    let (mut server, mut stdout) = Running::start(&mut command);
+    command.args(["run", "httpd", "--json", "--on", target, "--cpus", "2"]).args(more);
+    command.args(["--publish", &format!("{port}:80")]);
+    let (server, mut stdout) = Running::start(&mut command);
     line(&mut stdout, |line| line.contains("\"publish\"").then_some(()));
     let url = format!("http://127.0.0.1:{port}/docs/contract.txt");
     let curl = Command::new("curl")
@@ -88,28 +97,146 @@ fn is_replayed(target: &str) {
         .args((0..8).flat_map(|_| [url.as_str(), "-o", "/dev/null"]))
         .status();
     assert!(curl.expect("curl (Debian: apt-get install curl)").success());
+    (server, stdout)
+}
+
+fn replay(file: &Path) -> Value {
+    let output =
+        Command::new("timeout").arg("60").arg(anykernel()).args(["replay", "--json"]).arg(file).output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(said["end"], "complete");
+    // Eight requests are far over a hundred calls on every target; a recording that began too late is none.
+    assert!(said["calls"].as_u64().unwrap() > 200, "{said}");
+    said
+}
+
+/// Serves real clients, recorded, and runs the recording twice.
+fn is_replayed(target: &str, disk: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("recording");
+    let (mut server, _stdout) = serve(target, &[disk, &["--record", file.to_str().unwrap()]].concat());
     server.interrupt();
     assert!(server.end(Duration::from_secs(60)).success());
-    let replay = || -> Value {
-        let output =
-            Command::new("timeout").arg("60").arg(anykernel()).args(["replay", "--json"]).arg(&file).output();
-        let output = output.unwrap();
-        assert!(output.status.success(), "{target}: {}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap()
-    };
-    let first = replay();
-    assert_eq!(first["end"], "complete", "{target}");
-    // Eight requests are far over a hundred calls on every target; a recording that began too late is none.
-    assert!(first["calls"].as_u64().unwrap() > 200, "{target}: {first}");
-    assert_eq!(first, replay(), "{target}: twice the same hash");
+    assert_eq!(replay(&file), replay(&file), "{target}: twice the same hash");
 }
 
 #[test]
 fn recordings_of_rumprun_replay_in_a_process() {
-    is_replayed("rumprun");
+    is_replayed("rumprun", &["--disk", SITE]);
+}
+
+/// With the unikernel's own driver of the host controller.
+#[test]
+fn recordings_with_a_stick_replay_in_a_process() {
+    is_replayed("rumprun", &["--usb", &format!("disk:{SITE}"), "--mount", "usb1-1:/"]);
 }
 
 #[test]
 fn recordings_of_linux_module_replay_in_a_process() {
-    is_replayed("linux-module");
+    is_replayed("linux-module", &["--disk", SITE]);
+}
+
+/// What the recorder itself holds is given back, too: the module counts.
+#[test]
+fn a_recorded_module_leaves_nothing_behind() {
+    const SCRIPT: &str = r#"
+insmod /lib/anykernel.ko links=0 config_file=/config.json || echo "not loaded" >/dev/ttyS1
+while read -r state code </sys/module/anykernel/parameters/status; do
+	case $state in ended | dead) break ;; esac
+	sleep 0.2
+done
+rmmod anykernel && echo "unloaded after $state $code" >/dev/ttyS1
+dmesg | grep -E 'anykernel:.*left behind|BUG:|WARNING:|Oops' >/dev/ttyS1
+end 0
+"#;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("recording");
+    let config = Config { app: ["selftest", "tmpfs"].map(Into::into).into(), ..Config::default() };
+    let spec = RunSpec { cpus: 2, record: Some(file.clone()), ..RunSpec::new(config) };
+    let said = linux_module::run_script(&spec, "6.1", SCRIPT, Duration::from_secs(400), &[]).unwrap();
+    assert_eq!(said.ended, Ok(ExitStatus::Success), "{}", said.last_words());
+    assert_eq!(said.lines.trim(), "unloaded after ended 0", "{}", said.last_words());
+    replay(&file);
+}
+
+#[test]
+fn a_recording_is_good_up_to_where_the_machine_was_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("recording");
+    let (server, _stdout) = serve("rumprun", &["--disk", SITE, "--record", file.to_str().unwrap()]);
+    // SIGKILL, and the machine goes with it.
+    drop(server);
+    replay(&file);
+}
+
+/// A platform's own USB stack: its devices and the stick's disk, through the components, and again without any of it.
+#[test]
+fn recordings_of_a_platforms_usb_replay_in_a_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("recording");
+    let path = UsbPath::parse("1-2").unwrap();
+    let config = Config {
+        app: ["usb", "list", "--verbose"].map(Into::into).into(),
+        mounts: vec![Mount { source: "usb1-2".into(), target: "/".into(), kind: None, read_only: true }],
+        ..Config::default()
+    };
+    let (spec, claim) = (RunSpec::new(config.clone()), Claim::of_config(&config));
+    let host = TestHost::new();
+    host.plug_usb(path, Box::new(StorageModel::new(std::fs::read(SITE).unwrap()).0));
+    let (recording, ring) = Recording::start(&file, &header("userspace", &spec), spec.record_limit).unwrap();
+    let recorder: &'static Recorder = Box::leak(Box::new(Recorder::new(ring)));
+    let recorded = Recorded::new(host, recorder);
+    let kernel = Kernel::new(recorded, config);
+    let options = Options { claim, ..Options::default() };
+    let stack = UsbStack::start_platform(&kernel, options).unwrap();
+    assert!(stack.settle(10_000_000_000));
+    kernel.provide(stack);
+    start_components(&kernel).unwrap();
+    assert_eq!(apps::run("usb", &kernel), Some(ExitStatus::Success));
+    kernel.counters();
+    kernel.shutdown();
+    drop(kernel);
+    recorded.leave();
+    recording.finish().unwrap();
+    assert_eq!(replay(&file), replay(&file), "twice the same hash");
+}
+
+/// `anykernel top` sees what a guest's calls cost, and its counters.
+fn is_watched(target: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let control = dir.path().join("control");
+    let (mut server, _stdout) = serve(target, &["--disk", SITE, "--control", control.to_str().unwrap()]);
+    let top = |more: &[&str]| Command::new(anykernel()).arg("top").arg(&control).args(more).output().unwrap();
+    let ask = || -> Value { serde_json::from_slice(&top(&["--once", "--json"]).stdout).unwrap() };
+    let end = Instant::now() + Duration::from_secs(30);
+    // A guest tells twice a second.
+    while ask()["counters"]["httpd.requests"].as_u64() < Some(8) {
+        assert!(Instant::now() < end, "{}", ask());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let said = ask();
+    let calls = said["calls"].as_array().unwrap();
+    assert!(
+        calls.iter().any(|call| call["call"] == "monotonic_ns" && call["calls"].as_u64() > Some(8)),
+        "{said}"
+    );
+    let table = String::from_utf8(top(&["--once"]).stdout).unwrap();
+    assert!(table.contains("monotonic_ns") && table.contains("httpd.requests"), "{table}");
+    server.interrupt();
+    assert!(server.end(Duration::from_secs(60)).success());
+    let output = top(&["--once"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.lines().count() == 1 && said.contains("--control"), "{said}");
+}
+
+#[test]
+fn top_shows_rumprun() {
+    is_watched("rumprun");
+}
+
+#[test]
+fn top_shows_linux_module() {
+    is_watched("linux-module");
 }

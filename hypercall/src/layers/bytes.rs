@@ -7,6 +7,8 @@ use core::sync::atomic::{
 };
 
 const CAPACITY: usize = 0;
+/// Not 0: the writer gave up once, so something is missing.
+const LOST: usize = 1;
 const HEAD: usize = 8;
 const TAIL: usize = 16;
 const DATA: usize = 24;
@@ -38,6 +40,7 @@ impl ByteRing {
         let capacity = 1 << fits.max(1).ilog2();
         words[HEAD].store(0, Relaxed);
         words[TAIL].store(0, Relaxed);
+        words[LOST].store(0, Relaxed);
         words[CAPACITY].store(capacity, Release);
         (capacity >= 2).then_some(Self { words, capacity })
     }
@@ -47,6 +50,11 @@ impl ByteRing {
         let capacity = words.get(CAPACITY)?.load(Acquire);
         let fits = words.len().checked_sub(DATA)? as u64;
         (capacity.is_power_of_two() && capacity >= 2 && capacity <= fits).then_some(Self { words, capacity })
+    }
+
+    /// Whether the writer gave up once, because nobody read: what it then wrote is missing.
+    pub fn lost(&self) -> bool {
+        self.words[LOST].load(Relaxed) != 0
     }
 
     /// Whether everything was read.
@@ -64,6 +72,11 @@ impl ByteRing {
         (self.capacity.saturating_sub(used).saturating_sub(1) as usize).saturating_mul(8)
     }
 
+    /// Whether `bytes` bytes, in one piece, can be written without waiting.
+    pub fn has_room_for(&self, bytes: usize) -> bool {
+        bytes <= PIECE.min(self.room())
+    }
+
     /// Writes all of `bytes`. While there is no room, `wait` is called, which may give up by `false`: then the rest is lost and
     /// so is the result `false`.
     pub fn write(&self, mut bytes: &[u8], mut wait: impl FnMut() -> bool) -> bool {
@@ -71,6 +84,7 @@ impl ByteRing {
             let len = bytes.len().min(self.room()).min(PIECE);
             if len == 0 {
                 if !wait() {
+                    self.words[LOST].store(1, Relaxed);
                     return false;
                 }
                 continue;

@@ -1,16 +1,23 @@
 //! [`ChromeWriter`]: traces as Perfetto and chrome://tracing read them.
 
 use super::{TraceEvent, TraceRing};
+use alloc::vec::Vec;
 use core::fmt::{self, Write};
 
-/// Writes trace events as JSON, "Trace Event Format", object form. One row per CPU; calls in which a thread sleeps are
-/// asynchronous spans beside it, because several of them overlap on one CPU. The category is the component that called.
+/// Writes trace events as JSON, "Trace Event Format", object form. One row per CPU. What overlaps on one CPU is an
+/// asynchronous span beside the row, as viewers want the spans of a row to nest: calls in which a thread sleeps, and calls in
+/// whose middle their thread lost the CPU to another. The category is the component that called.
 ///
 /// The document is complete after [`ChromeWriter::finish`]; one that was cut off before is still read by both viewers.
 pub struct ChromeWriter<W> {
     out: W,
     events: u64,
+    /// By CPU, where its row is free again.
+    rows: Vec<u64>,
 }
+
+/// Most rows. What a guest says of its CPUs is not trusted.
+const ROWS: usize = 4096;
 
 impl<W: Write> ChromeWriter<W> {
     /// Begins a document. `domain` names it in the viewer.
@@ -25,17 +32,18 @@ impl<W: Write> ChromeWriter<W> {
             }
         }
         out.write_str("\"}}")?;
-        Ok(Self { out, events: 0 })
+        Ok(Self { out, events: 0, rows: Vec::new() })
     }
 
     /// Writes one event.
     pub fn event(&mut self, event: &TraceEvent) -> fmt::Result {
         self.events += 1;
         let (name, cpu, component) = (event.call.name(), event.cpu.0, event.component.as_str());
-        let start = Micros(event.start_ns);
-        let end = Micros(event.start_ns.saturating_add(event.duration_ns));
+        let end_ns = event.start_ns.saturating_add(event.duration_ns);
+        let (start, end) = (Micros(event.start_ns), Micros(end_ns));
+        let aside = event.call.blocks() || !self.takes_row(cpu, event.start_ns, end_ns)?;
         let out = &mut self.out;
-        if event.call.blocks() {
+        if aside {
             let id = self.events;
             write!(
                 out,
@@ -58,6 +66,24 @@ impl<W: Write> ChromeWriter<W> {
             arguments(out, event)?;
             out.write_str("}")
         }
+    }
+
+    /// Whether a span fits behind the others of its CPU; then it has the row.
+    fn takes_row(&mut self, cpu: u32, start_ns: u64, end_ns: u64) -> Result<bool, fmt::Error> {
+        let index = cpu as usize;
+        if index >= ROWS {
+            return Ok(false);
+        }
+        while self.rows.len() <= index {
+            let row = self.rows.len();
+            self.rows.push(0);
+            write!(
+                self.out,
+                ",\n{{\"name\":\"thread_name\",\"ph\":\"M\",\"pid\":1,\"tid\":{row},\"args\":{{\"name\":\"CPU {row}\"}}}}"
+            )?;
+        }
+        let free = self.rows.get_mut(index).filter(|free| **free <= start_ns);
+        Ok(free.map(|free| *free = end_ns).is_some())
     }
 
     /// Writes everything that is in `ring` now and returns how much that was.

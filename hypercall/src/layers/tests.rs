@@ -226,8 +226,11 @@ fn writes_what_viewers_read() {
     ring.record(event(Call::DiskRead, 1_234_567, 89_001, [8, 4096]));
     ring.record(event(Call::Park, 5, u64::MAX, [0x7f00, u64::MAX]));
     ring.record(event(Call::CpuCount, 2_000, 40, [0; 2]));
+    // The first one's thread lost the CPU to the second one's, and came back.
+    ring.record(event(Call::FillRandom, 2_010, 100, [9, 0]));
+    ring.record(event(Call::FillRandom, 2_040, 1_000, [9, 0]));
     let mut writer = ChromeWriter::new(String::new(), "a \"b\"\n").unwrap();
-    assert_eq!(writer.drain(ring), Ok(3));
+    assert_eq!(writer.drain(ring), Ok(5));
     let text = writer.finish(7).unwrap();
     assert_eq!(
         text,
@@ -237,8 +240,13 @@ fn writes_what_viewers_read() {
 {"name":"disk_read","cat":"net","ph":"e","id":1,"pid":1,"tid":1,"ts":1323.568},
 {"name":"park","cat":"net","ph":"b","id":2,"pid":1,"tid":1,"ts":0.005,"args":{"word":32512,"deadline_ns":null}},
 {"name":"park","cat":"net","ph":"e","id":2,"pid":1,"tid":1,"ts":18446744073709551.615},
-{"name":"cpu_count","cat":"net","ph":"X","pid":1,"tid":1,"ts":2.000,"dur":0.040,"args":{}}
-],"otherData":{"events":3,"dropped":7}}
+{"name":"thread_name","ph":"M","pid":1,"tid":0,"args":{"name":"CPU 0"}},
+{"name":"thread_name","ph":"M","pid":1,"tid":1,"args":{"name":"CPU 1"}},
+{"name":"cpu_count","cat":"net","ph":"X","pid":1,"tid":1,"ts":2.000,"dur":0.040,"args":{}},
+{"name":"fill_random","cat":"net","ph":"b","id":4,"pid":1,"tid":1,"ts":2.010,"args":{"bytes":9}},
+{"name":"fill_random","cat":"net","ph":"e","id":4,"pid":1,"tid":1,"ts":2.110},
+{"name":"fill_random","cat":"net","ph":"X","pid":1,"tid":1,"ts":2.040,"dur":1.000,"args":{"bytes":9}}
+],"otherData":{"events":5,"dropped":7}}
 "#
     );
 }

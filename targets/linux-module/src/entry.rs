@@ -14,7 +14,7 @@ use anykernel::{Kernel, StartError};
 use anykernel_usb::{Claim, Options, UsbStack};
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicBool, Ordering};
-use hypercall::layers::Channel;
+use hypercall::layers::{Channel, ChannelKind};
 use hypercall::{Error, Params, Signal, ThreadSpec, Threads};
 
 const EINVAL: i32 = 22;
@@ -159,7 +159,13 @@ fn start() -> Result<Running, String> {
         Some(app) if app.bare => Ok(()),
         _ => start_components(&kernel),
     };
-    let started = components.and_then(|()| match app {
+    // A replay would not tell them.
+    let notes =
+        channel.filter(|channel| channel.kind() == ChannelKind::Trace).and_then(|channel| channel.notes());
+    let told = notes
+        .map_or(Ok(()), |notes| kernel.report_counters(notes))
+        .map_err(|error| alloc::format!("{error}"));
+    let started = components.and(told).and_then(|()| match app {
         Some(app) => start_app(&kernel, app).map(Some),
         None => Ok(None),
     });

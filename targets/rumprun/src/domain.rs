@@ -1,6 +1,7 @@
 //! The host that components see: the machine, or with a feature a layer around it.
 
 use crate::host::Machine;
+use hypercall::layers::ByteRing;
 #[cfg(any(feature = "trace", feature = "record"))]
 use {
     crate::memory::{frames, paging, total_bytes},
@@ -11,14 +12,14 @@ use {
 
 #[cfg(not(any(feature = "trace", feature = "record")))]
 mod chosen {
-    use super::Machine;
+    use super::{ByteRing, Machine};
 
     /// The host of this image's components.
     pub type Domain = Machine;
 
-    /// The one there is.
-    pub(crate) fn host() -> Option<Domain> {
-        Some(Machine)
+    /// The one there is, and where its counters are told.
+    pub(crate) fn host() -> Option<(Domain, Option<ByteRing>)> {
+        Some((Machine, None))
     }
 
     /// Lets somebody who is no thread of the domain call it.
@@ -43,15 +44,16 @@ fn channel(kind: ChannelKind) -> Option<Channel> {
 
 #[cfg(feature = "trace")]
 mod chosen {
-    use super::{ChannelKind, Machine, channel};
+    use super::{ByteRing, ChannelKind, Machine, channel};
     use hypercall::layers::{TraceRing, Traced};
 
     /// The host of this image's components.
     pub type Domain = Traced<Machine, TraceRing>;
 
-    /// The one there is; `None` without the memory for a channel.
-    pub(crate) fn host() -> Option<Domain> {
-        Some(Traced::new(Machine, channel(ChannelKind::Trace)?.events()?))
+    /// The one there is, and where its counters are told; `None` without the memory for a channel.
+    pub(crate) fn host() -> Option<(Domain, Option<ByteRing>)> {
+        let channel = channel(ChannelKind::Trace)?;
+        Some((Traced::new(Machine, channel.events()?), channel.notes()))
     }
 
     /// Lets somebody who is no thread of the domain call it.
@@ -62,7 +64,7 @@ mod chosen {
 
 #[cfg(all(feature = "record", not(feature = "trace")))]
 mod chosen {
-    use super::{ChannelKind, Machine, channel};
+    use super::{ByteRing, ChannelKind, Machine, channel};
     use alloc::boxed::Box;
     use hypercall::layers::recorded::ENTER_STOP;
     use hypercall::layers::{Recorded, Recorder};
@@ -70,10 +72,10 @@ mod chosen {
     /// The host of this image's components.
     pub type Domain = Recorded<Machine>;
 
-    /// The one there is; `None` without the memory for a channel.
-    pub(crate) fn host() -> Option<Domain> {
+    /// The one there is; `None` without the memory for a channel. Its counters are not told: a replay would not.
+    pub(crate) fn host() -> Option<(Domain, Option<ByteRing>)> {
         let recorder = Recorder::new(channel(ChannelKind::Recording)?.bytes()?);
-        Some(Recorded::new(Machine, Box::leak(Box::new(recorder))))
+        Some((Recorded::new(Machine, Box::leak(Box::new(recorder))), None))
     }
 
     /// Lets somebody who is no thread of the domain call it.

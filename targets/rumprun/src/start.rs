@@ -96,13 +96,19 @@ fn run() -> ExitStatus {
             return ExitStatus::Usage;
         }
     }
-    let Some(host) = domain::host() else {
+    let Some((host, notes)) = domain::host() else {
         log::error!("too little memory for a trace: give the machine more (anykernel run --memory)");
         return ExitStatus::Failure;
     };
     let kernel = Kernel::new(host, config);
     #[cfg(feature = "drivers")]
     if let Err(error) = crate::console::listen(&kernel).and_then(|()| drivers(&kernel)) {
+        log::error!("{error}");
+        return ExitStatus::Failure;
+    }
+    if let Some(notes) = notes
+        && let Err(error) = kernel.report_counters(notes)
+    {
         log::error!("{error}");
         return ExitStatus::Failure;
     }

@@ -3,7 +3,7 @@
 //! A socket of the file system on which every connection gets one JSON object and is closed.
 
 use crate::Failure;
-use hypercall::layers::TraceEvent;
+use hypercall::layers::{ByteRing, TraceEvent};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
@@ -21,13 +21,17 @@ struct Cost {
     longest_ns: u64,
 }
 
-type Counters = Box<dyn Fn() -> Vec<(String, u64)> + Send + Sync>;
+/// Counters with their values.
+type Values = Vec<(String, u64)>;
+type Counters = Box<dyn Fn() -> Values + Send + Sync>;
 
 /// What is known of an instance.
 pub struct Control {
     start: Instant,
     costs: Mutex<BTreeMap<(String, &'static str), Cost>>,
     counters: OnceLock<Counters>,
+    /// What a guest told of its counters.
+    told: Mutex<Values>,
     path: PathBuf,
 }
 
@@ -52,6 +56,7 @@ impl Control {
             start: Instant::now(),
             costs: Mutex::default(),
             counters: OnceLock::new(),
+            told: Mutex::default(),
             path: path.into(),
         });
         let told = Arc::downgrade(&control);
@@ -70,9 +75,14 @@ impl Control {
     }
 
     /// Where the instance's counters are read.
-    pub fn set_counters(&self, counters: impl Fn() -> Vec<(String, u64)> + Send + Sync + 'static) {
+    pub fn set_counters(&self, counters: impl Fn() -> Values + Send + Sync + 'static) {
         // The first one counts.
         let _ = self.counters.set(Box::new(counters));
+    }
+
+    /// A guest told these.
+    fn tell(&self, values: Values) {
+        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = values;
     }
 
     /// Counts one call.
@@ -95,10 +105,37 @@ impl Control {
                 })
             })
             .collect();
-        let counters = self.counters.get().map_or_else(Vec::new, |counters| counters());
+        let told = || self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let counters = self.counters.get().map_or_else(told, |counters| counters());
         let counters: serde_json::Map<_, _> =
             counters.into_iter().map(|(name, value)| (name, value.into())).collect();
         json!({ "up_ns": self.start.elapsed().as_nanos() as u64, "calls": calls, "counters": counters })
+    }
+}
+
+/// What a guest tells, line by line ([`anykernel::Kernel::report_counters`]).
+#[derive(Default)]
+pub(crate) struct Notes(Vec<u8>);
+
+impl Notes {
+    /// Reads what is there. Whatever a guest writes, it takes no more memory than `MOST`.
+    pub(crate) fn read(&mut self, from: ByteRing, control: Option<&Control>) {
+        const MOST: usize = 1 << 20;
+        from.read(&mut self.0);
+        let text = String::from_utf8_lossy(&self.0);
+        let end = text.rfind("\n\n");
+        if let Some(end) = end {
+            let block = text[..end].rsplit("\n\n").next().unwrap_or_default();
+            let values = block.lines().filter_map(|line| line.split_once(' '));
+            let values = values.filter_map(|(name, value)| Some((name.into(), value.parse().ok()?)));
+            if let Some(control) = control {
+                control.tell(values.collect());
+            }
+            let rest = text[end + 2..].as_bytes().to_vec();
+            self.0 = rest;
+        } else if self.0.len() > MOST {
+            self.0.clear();
+        }
     }
 }
 
@@ -113,8 +150,11 @@ impl Drop for Control {
 /// Asks the instance that listens at `path`. Failures are lines for a person.
 pub fn ask(path: &Path) -> Result<Value, Failure> {
     let shown = path.display();
-    let mut stream = UnixStream::connect(path).map_err(|error| {
-        Failure::new(format!("{shown}: {error}: give the path that `anykernel run --control PATH` was given"))
+    let mut stream = UnixStream::connect(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => Failure::new(format!(
+            "{shown}: nothing runs there: start it with `anykernel run APP --control {shown}`, or give its path"
+        )),
+        _ => Failure::new(format!("{shown}: {error}: give the path that `run --control` was given")),
     })?;
     let mut text = String::new();
     stream
@@ -130,6 +170,23 @@ mod tests {
     use super::*;
     use hypercall::layers::ComponentName;
     use hypercall::{Call, CpuId};
+
+    #[test]
+    fn a_guest_tells_its_counters() {
+        let dir = tempfile::tempdir().unwrap();
+        let control = Control::listen(&dir.path().join("control")).unwrap();
+        let (ring, mut notes) = (ByteRing::new(4096).unwrap(), Notes::default());
+        let mut tell = |text: &[u8]| {
+            assert!(ring.write(text, || false));
+            notes.read(ring, Some(&control));
+            control.snapshot()["counters"].clone()
+        };
+        assert_eq!(tell(b"net.drops 3\nvfs."), json!({}));
+        assert_eq!(tell(b"hits 9\n\nnet.dr"), json!({ "net.drops": 3, "vfs.hits": 9 }));
+        assert_eq!(tell(b"ops 4\n\nnet.drops 5\n\n"), json!({ "net.drops": 5 }));
+        // Whatever it says.
+        assert_eq!(tell(b"\xff\xff no\nx\n \ny 1\n\n"), json!({ "y": 1 }));
+    }
 
     #[test]
     fn a_client_is_told_what_calls_cost() {

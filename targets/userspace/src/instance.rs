@@ -6,7 +6,7 @@ use crate::usb::UsbBus;
 use crate::{HostDisk, Link};
 use anykernel::config::Config;
 use anykernel::{Kernel, StartError};
-use anykernel_usb::{Options, UsbStack};
+use anykernel_usb::{Claim, Options, UsbStack};
 use hypercall::{ExitStatus, Host, HostBlock, HostLink, HostUsb};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -121,11 +121,7 @@ impl Builder {
         let instance = Instance { kernel: Some(kernel), owner };
         // On an error the instance is dropped here, which takes down what has started.
         if instance.host().usb_bus().is_some() {
-            let stack = UsbStack::start_platform(instance.kernel(), self.usb)?;
-            if !stack.settle(USB_PATIENCE_NS) {
-                log::warn!("usb: some devices are still not taken in; going on without them");
-            }
-            instance.kernel().provide(stack);
+            start_usb(instance.kernel(), self.usb)?;
         }
         start_components(instance.kernel())?;
         Ok(instance)
@@ -153,6 +149,31 @@ impl Instance {
     pub fn builder() -> Builder {
         Builder::default()
     }
+}
+
+/// What of the platform's USB a domain uses; `None`: nothing.
+pub(crate) fn usb_options(config: &Config) -> Option<Options> {
+    let claim = Claim::of_config(config);
+    let wanted = config.app.first().is_some_and(|app| app == "usb") || claim != Claim::None;
+    let ask_names = config.app.get(1).is_some_and(|word| word == "list");
+    wanted.then(|| Options { claim, ask_names, ..Options::default() })
+}
+
+/// Starts the USB stack of an instance on the platform's devices.
+pub(crate) fn start_usb<H: Host + HostUsb>(
+    kernel: &Arc<Kernel<H>>,
+    options: Options,
+) -> Result<(), StartError> {
+    settle(kernel, UsbStack::start_platform(kernel, options)?);
+    Ok(())
+}
+
+/// Waits until what is plugged in is taken in, so that it can be mounted.
+pub(crate) fn settle<H: Host>(kernel: &Arc<Kernel<H>>, stack: Arc<UsbStack<H>>) {
+    if !stack.settle(USB_PATIENCE_NS) {
+        log::warn!("usb: some devices are still not taken in; going on without them");
+    }
+    kernel.provide(stack);
 }
 
 /// Starts the components of an instance: disks if there are any, vfs always, net if there is an interface.

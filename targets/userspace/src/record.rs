@@ -30,7 +30,7 @@ pub const DEFAULT_LIMIT: u64 = 1 << 30;
 /// A recording in the making.
 pub struct Recording {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<std::io::Result<Written>>>,
+    thread: Option<JoinHandle<Written>>,
     shown: String,
 }
 
@@ -39,6 +39,10 @@ struct Written {
     bytes: u64,
     began: bool,
     cut: bool,
+    /// The domain gave it up.
+    lost: bool,
+    /// Why there is no more of it.
+    failed: Option<std::io::Error>,
 }
 
 impl Recording {
@@ -59,7 +63,8 @@ impl Recording {
         let fail = |error: std::io::Error| Failure::new(format!("{shown}: {error}"));
         let mut file = File::create(path).map_err(fail)?;
         file.write_all(MAGIC).map_err(fail)?;
-        let mut written = Written { bytes: MAGIC.len() as u64, began: false, cut: false };
+        let mut written =
+            Written { bytes: MAGIC.len() as u64, began: false, cut: false, lost: false, failed: None };
         written.chunk(&mut file, header.to_string().as_bytes()).map_err(fail)?;
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, name) = (stop.clone(), shown.clone());
@@ -77,16 +82,18 @@ impl Recording {
                         "{name}: the recording ends here, at its limit of {limit} bytes; the run goes on"
                     );
                 }
-                if written.cut {
+                // Still read: the domain would wait.
+                if written.cut || written.failed.is_some() {
                     bytes.clear();
                 }
                 // Whatever is there when nothing more comes: it may be the last of a domain that dies.
                 if bytes.len() >= CHUNK || (got == 0 && !bytes.is_empty()) {
-                    written.chunk(&mut file, &bytes)?;
+                    written.failed = written.chunk(&mut file, &bytes).err();
                     bytes.clear();
                 }
                 if last && got == 0 {
-                    return Ok(written);
+                    written.lost = ring.is_some_and(|ring| ring.lost());
+                    return written;
                 }
                 if got == 0 {
                     std::thread::sleep(Duration::from_millis(2));
@@ -104,12 +111,21 @@ impl Recording {
     pub fn finish(mut self) -> Result<(), Failure> {
         self.stop.store(true, Ordering::Release);
         match self.thread.take().and_then(|thread| thread.join().ok()) {
-            Some(Ok(written)) if !written.began => {
+            Some(Written { failed: Some(error), .. }) => {
+                Err(Failure::new(format!("{}: cannot write: {error}: it is good up to there", self.shown)))
+            }
+            Some(written) if !written.began => {
                 log::warn!("{}: nothing was recorded, because the guest did not get that far", self.shown);
                 Ok(())
             }
-            Some(Ok(_)) => Ok(()),
-            Some(Err(error)) => Err(Failure::new(format!("{}: cannot write: {error}", self.shown))),
+            Some(written) if written.lost => {
+                log::warn!(
+                    "{}: the recording ends early, because it was not written for 10 s: is the disk that slow?",
+                    self.shown
+                );
+                Ok(())
+            }
+            Some(_) => Ok(()),
             None => Err(Failure::new(format!("{}: the recording's thread panicked", self.shown))),
         }
     }
@@ -137,6 +153,23 @@ impl Written {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_fails_ends_the_recording_and_not_the_run() {
+        use std::os::fd::AsRawFd;
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
+        let (recording, ring) = Recording::start(Path::new(&path), &serde_json::json!({}), 1 << 30).unwrap();
+        // From now on every write fails.
+        drop((reader, writer));
+        for _ in 0..20_000 {
+            assert!(ring.write(&[7; 1000], || {
+                std::thread::yield_now();
+                true
+            }));
+        }
+        assert!(recording.finish().unwrap_err().to_string().contains("cannot write"));
+    }
 
     #[test]
     fn a_recording_ends_at_its_limit() {

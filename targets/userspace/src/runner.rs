@@ -2,7 +2,7 @@
 
 use crate::control::Control;
 use crate::gateway::{self, Bound, Gateway};
-use crate::instance::Enter;
+use crate::instance::{Enter, usb_options};
 use crate::link::{Pcap, Tap};
 use crate::record::Recording;
 use crate::trace::Trace;
@@ -13,8 +13,8 @@ use crate::{
     interrupt, qemu, replay,
 };
 use anykernel::{StartError, nearest};
+use anykernel_usb::Options;
 use anykernel_usb::usbmon::Capture;
-use anykernel_usb::{Claim, Options};
 use hypercall::layers::recorded::ENTER_STOP;
 use hypercall::layers::{Recorded, Recorder, Traced};
 use hypercall::{ExitStatus, Host, HostBlock, HostLink, HostUsb};
@@ -38,6 +38,9 @@ pub enum Target {
 
 /// Less is refused: no component can work in it.
 pub const LEAST_MEMORY: u64 = 4 << 20;
+
+/// Less is refused: the calls of a start are more.
+pub const LEAST_RECORDING: u64 = 256 << 10;
 
 /// Runs `spec.config.app` on `target` to its end. Failures are lines for a person.
 pub fn run(target: Target, spec: &RunSpec) -> Result<ExitStatus, Failure> {
@@ -108,11 +111,11 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
     if spec.trace.is_some() && spec.record.is_some() {
         return Err(Failure::usage("--trace and --record do not go together: give one of them"));
     }
-    let usb_disk = spec.config.mounts.iter().any(|mount| mount.source.starts_with("usb"));
-    if spec.record.is_some() && (!spec.usb.is_empty() || usb_disk || app == "usb") {
-        return Err(Failure::usage(
-            "--record does not record USB devices: leave --usb and mounts of USB disks out",
-        ));
+    if spec.record.is_some() && spec.record_limit < LEAST_RECORDING {
+        return Err(Failure::usage(format!(
+            "--record-limit is too small to record anything: give at least {}K",
+            LEAST_RECORDING >> 10
+        )));
     }
     if spec.memory.is_some_and(|bytes| bytes < LEAST_MEMORY) {
         return Err(Failure::usage(format!(
@@ -120,6 +123,12 @@ fn check(target: Target, spec: &RunSpec) -> Result<(), Failure> {
             LEAST_MEMORY >> 20
         )));
     }
+    if target == Target::Userspace && spec.record.is_some() && spec.usb_pcap.is_some() {
+        return Err(Failure::usage(
+            "--usb-pcap and --record do not go together in a process, whose stack would ask for the time: give one of them",
+        ));
+    }
+    let usb_disk = spec.config.mounts.iter().any(|mount| mount.source.starts_with("usb"));
     if spec.usb_pcap.is_some()
         && spec.usb.is_empty()
         && spec.config.usb.is_empty()
@@ -220,11 +229,9 @@ fn userspace(spec: &RunSpec, usb_pcap: Option<Arc<UsbPcap>>) -> Result<ExitStatu
         .memory(spec.memory.unwrap_or(0))
         .config(spec.config.clone())
         .console(ConsoleSink::Stdout { json: spec.json });
-    let claim = Claim::of_config(&spec.config);
-    if spec.config.app.first().is_some_and(|app| app == "usb") || claim != Claim::None {
+    if let Some(options) = usb_options(&spec.config) {
         let capture = usb_pcap.map(|file| Capture::new(move |bytes| file.write(bytes)));
-        let ask_names = spec.config.app.get(1).is_some_and(|word| word == "list");
-        let options = Options { claim, capture, ask_names, ..Options::default() };
+        let options = Options { capture, ..options };
         builder = builder.usb(UsbBus::new()?, options);
     }
     for disk in &spec.disks {
@@ -275,7 +282,7 @@ fn record(
     gateway: Option<Gateway>,
     published: &[(SocketAddr, u16)],
 ) -> Result<ExitStatus, Failure> {
-    let header = replay::header("userspace", &spec.config);
+    let header = replay::header("userspace", spec);
     let (recording, ring) = Recording::start(path, &header, spec.record_limit)?;
     let recorder: &'static Recorder = Box::leak(Box::new(Recorder::new(ring)));
     let enter: Enter<Recorded<PosixHost>> = |host, body| host.enter(ENTER_STOP, body);

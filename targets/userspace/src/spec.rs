@@ -84,6 +84,7 @@ impl RunSpec {
     pub(crate) fn feature(&self) -> Option<&'static str> {
         match (self.layer(), self.usb.is_empty()) {
             (Some("trace"), false) => Some("trace,usb"),
+            (Some("record"), false) => Some("record,usb"),
             (None, false) => Some("usb"),
             (layer, _) => layer,
         }

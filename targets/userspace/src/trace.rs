@@ -1,8 +1,8 @@
 //! `--trace`: every hypercall of an instance, in a file for <https://ui.perfetto.dev>.
 
 use crate::Failure;
-use crate::control::Control;
-use hypercall::layers::{ChromeWriter, TraceRing};
+use crate::control::{Control, Notes};
+use hypercall::layers::{ByteRing, ChromeWriter, TraceRing};
 use std::fmt;
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -41,15 +41,16 @@ impl Trace {
     ) -> Result<(Self, TraceRing), Failure> {
         // Hosts are `Copy` and so are their sinks: whoever keeps one must find a ring. A process has one trace.
         let ring = TraceRing::new(EVENTS).ok_or_else(|| Failure::new("too little memory for a trace"))?;
-        Ok((Self::follow(path, name, control, move || Some(ring))?, ring))
+        Ok((Self::follow(path, name, control, move || Some((ring, None)))?, ring))
     }
 
-    /// Begins a file of what comes out of the ring that `find` gives as soon as there is one. `control` is told of it, too.
+    /// Begins a file of what comes out of the ring that `find` gives as soon as there is one, with the guest's notes.
+    /// `control` is told of both.
     pub fn follow(
         path: &Path,
         name: &str,
         control: Option<Arc<Control>>,
-        mut find: impl FnMut() -> Option<TraceRing> + Send + 'static,
+        mut find: impl FnMut() -> Option<(TraceRing, Option<ByteRing>)> + Send + 'static,
     ) -> Result<Self, Failure> {
         let shown = path.display().to_string();
         let file = File::create(path).map_err(|error| Failure::new(format!("{shown}: {error}")))?;
@@ -58,13 +59,17 @@ impl Trace {
             .map_err(|_| Failure::new(format!("{shown}: cannot write")))?;
         let stopped = stop.clone();
         let body = move || {
-            let mut ring = None;
+            let (mut found, mut told) = (None, Notes::default());
             loop {
                 // Looked at before draining, so that nothing recorded before the stop is missed.
                 let last = stopped.load(Ordering::Acquire);
-                ring = ring.or_else(&mut find);
+                found = found.or_else(&mut find);
+                let (ring, notes): (Option<TraceRing>, _) = found.unzip();
+                if let Some(notes) = notes.flatten() {
+                    told.read(notes, control.as_deref());
+                }
                 let mut written = 0;
-                while let Some(event) = ring.and_then(|ring: TraceRing| ring.pop()) {
+                while let Some(event) = ring.and_then(|ring| ring.pop()) {
                     if let Some(control) = &control {
                         control.add(&event);
                     }
@@ -78,7 +83,7 @@ impl Trace {
                     std::thread::sleep(Duration::from_millis(5));
                 }
             }
-            let dropped = ring.map(|ring| ring.dropped());
+            let dropped = found.map(|(ring, _)| ring.dropped());
             let mut out = writer.finish(dropped.unwrap_or(0))?;
             out.0.flush().map_err(|_| fmt::Error).map(|()| dropped)
         };

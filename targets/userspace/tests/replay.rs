@@ -1,5 +1,6 @@
 //! `--record` and `replay`, by the command itself.
 
+use anykernel_userspace::RunSpec;
 use anykernel_userspace::record::Recording;
 use anykernel_userspace::replay::{RecordingFile, header};
 use assert_cmd::Command;
@@ -12,8 +13,8 @@ use std::time::Duration;
 
 const SITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/site.ext4");
 
-/// Records a server that serves a page to a few clients, and is stopped by Ctrl-C.
-fn record(dir: &Path) -> PathBuf {
+/// Records a server that serves a page to a few clients, and is then ended by this signal.
+fn record(dir: &Path, signal: &str) -> PathBuf {
     let file = dir.join("recording");
     let mut server = std::process::Command::new(env!("CARGO_BIN_EXE_anykernel"))
         .args(["run", "httpd", "--json", "--cpus", "2", "--publish", "0:80", "--disk", SITE, "--record"])
@@ -43,9 +44,16 @@ fn record(dir: &Path) -> PathBuf {
         })
         .collect();
     clients.into_iter().for_each(|client| client.join().unwrap());
-    let kill = std::process::Command::new("kill").args(["-INT", &server.id().to_string()]).status();
+    // What is not yet written when it is killed is lost.
+    let mut len = 0;
+    while std::fs::metadata(&file).unwrap().len()
+        != std::mem::replace(&mut len, std::fs::metadata(&file).unwrap().len())
+    {
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    let kill = std::process::Command::new("kill").args([signal, &server.id().to_string()]).status();
     assert!(kill.unwrap().success());
-    assert!(server.wait().unwrap().success());
+    assert_eq!(server.wait().unwrap().success(), signal == "-INT");
     file
 }
 
@@ -65,11 +73,11 @@ fn replay(file: &Path, more: &[&str]) -> (serde_json::Value, String) {
 fn rewrite(file: &Path, change: impl FnOnce(&mut Vec<Record>)) {
     let recording = RecordingFile::open(file).unwrap();
     let mut rest = &recording.records[..];
-    let mut records: Vec<Record> = std::iter::from_fn(|| Record::take(&mut rest)).collect();
+    let mut records: Vec<Record> = std::iter::from_fn(|| Record::take(&mut rest).ok()).collect();
     change(&mut records);
     let mut bytes = Vec::new();
     records.iter().for_each(|record| record.put(&mut bytes));
-    let header = header(&recording.header.target, &recording.header.config);
+    let header = header(&recording.header.target, &RunSpec::new(recording.header.config));
     let (writer, ring) = Recording::start(file, &header, 1 << 30).unwrap();
     assert!(ring.write(&bytes, || {
         std::thread::yield_now();
@@ -81,7 +89,7 @@ fn rewrite(file: &Path, change: impl FnOnce(&mut Vec<Record>)) {
 #[test]
 fn a_recording_replays_to_the_same_state_and_says_where_it_does_not() {
     let dir = tempfile::tempdir().unwrap();
-    let file = record(dir.path());
+    let file = record(dir.path(), "-INT");
     let (whole, said) = replay(&file, &[]);
     assert_eq!((whole["end"].as_str(), said.as_str()), (Some("complete"), ""));
     let calls = whole["calls"].as_u64().unwrap();
@@ -124,4 +132,46 @@ fn a_recording_replays_to_the_same_state_and_says_where_it_does_not() {
     assert!(said.contains("is corrupt at byte"), "{said}");
     let (_, said) = replay(Path::new(SITE), &[]);
     assert!(said.contains("is not a recording"), "{said}");
+}
+
+#[test]
+fn a_recording_of_what_was_killed_is_good_up_to_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = record(dir.path(), "-KILL");
+    let (value, _) = replay(&file, &[]);
+    // The clients had their answers.
+    assert!(value["end"] == "complete" && value["calls"].as_u64().unwrap() > 200, "{value}");
+}
+
+/// Every call of the core contract, and threads that spin for each other.
+#[test]
+fn the_conformance_suite_is_recorded_and_replayed() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("recording");
+    let mut command = Command::cargo_bin("anykernel").unwrap();
+    command.args(["run", "selftest", "--cpus", "2", "--net", "none", "--record"]).arg(&file);
+    let output = command.args(["--", "conformance"]).timeout(Duration::from_secs(120)).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    let parallel = said.lines().find(|line| line.contains("conformance/threads/parallel"));
+    assert!(parallel.is_some_and(|line| line.contains("\"pass\"")), "{parallel:?}");
+    let (first, said) = replay(&file, &[]);
+    assert_eq!((first["end"].as_str(), said.as_str()), (Some("complete"), ""), "{first}");
+    assert_eq!(replay(&file, &[]).0, first);
+}
+
+/// Needs gdb (Debian: apt-get install gdb).
+#[test]
+fn the_debugger_stops_in_the_component() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = record(dir.path(), "-INT");
+    let mut command = Command::cargo_bin("anykernel").unwrap();
+    command.arg("replay").arg(&file).args(["--gdb", "--until", "60"]).timeout(Duration::from_secs(120));
+    // What a person types: a place in the component, on to it, and who called it.
+    command
+        .write_stdin("break httpd::connection::serve\ninfo breakpoints\ncontinue\nbacktrace\nkill\nquit\n");
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("anykernel_replay_stop"), "{said}");
+    assert!(said.contains("httpd/src/connection.rs"), "{said}");
 }

@@ -53,12 +53,28 @@ impl<H: Threads + Clock> Recorded<H> {
         self.recorder
     }
 
-    fn note(&self, call: Call, arguments: &[u64], results: &[u64], data: &[u8]) {
+    pub(super) fn host(&self) -> &H {
+        &self.host
+    }
+
+    pub(super) fn note(&self, call: Call, arguments: &[u64], results: &[u64], data: &[u8]) {
         self.recorder.write(&self.host, Event::Call(call), arguments, results, data);
     }
 
+    /// A thread that calls this again and again may wait for another, or for the host.
+    fn share(&self) {
+        let Some(wanted) = self.recorder.slice_over() else { return };
+        if wanted {
+            self.recorder.write(&self.host, Event::Preempt, &[], &[], &[]);
+            let back = Back(self, self.recorder.held(|held| held.thread));
+            self.recorder.release(&self.host);
+            drop(back);
+        }
+        self.recorder.pass_signals(&self.host);
+    }
+
     /// Runs `body` without the baton.
-    fn blocking<T>(&self, body: impl FnOnce(&H) -> T) -> T {
+    pub(super) fn blocking<T>(&self, body: impl FnOnce(&H) -> T) -> T {
         let back = Back(self, self.recorder.held(|held| held.thread));
         self.recorder.release(&self.host);
         let result = body(&self.host);
@@ -99,7 +115,7 @@ impl<H: Threads + Clock> Recorded<H> {
 }
 
 /// Words as bytes.
-fn list(words: impl Iterator<Item = u64>) -> Vec<u8> {
+pub(super) fn list(words: impl Iterator<Item = u64>) -> Vec<u8> {
     words.flat_map(u64::to_le_bytes).collect()
 }
 
@@ -123,11 +139,13 @@ impl<H: Versions> Versions for Recorded<H> {
 
 impl<H: Threads + Clock> Clock for Recorded<H> {
     fn monotonic_ns(&self) -> u64 {
+        self.share();
         let now = self.host.monotonic_ns();
         self.note(Call::MonotonicNs, &[], &[now], &[]);
         now
     }
     fn realtime_ns(&self) -> u64 {
+        self.share();
         let now = self.host.realtime_ns();
         self.note(Call::RealtimeNs, &[], &[now], &[]);
         now
@@ -212,6 +230,7 @@ impl<H: Cpus + Threads + Clock> Cpus for Recorded<H> {
         count
     }
     fn current_cpu(&self) -> CpuId {
+        self.share();
         let cpu = self.host.current_cpu();
         self.note(Call::CurrentCpu, &[], &[cpu.0.into()], &[]);
         cpu
@@ -288,6 +307,7 @@ unsafe impl<H: Dma + Threads + Clock> Dma for Recorded<H> {
         self.note(Call::DmaUnmap, &[device.0, buf.len() as u64, direction as u64], &[], content);
     }
     unsafe fn dma_read(&self, block: &DmaBlock, offset: usize, width: Width) -> u64 {
+        self.share();
         // SAFETY: the caller's promise.
         let value = unsafe { self.host.dma_read(block, offset, width) };
         let arguments = [block.device.0.wrapping_add(offset as u64), width.bytes() as u64];
@@ -319,6 +339,7 @@ impl<H: Mmio + Threads + Clock> Mmio for Recorded<H> {
         result
     }
     fn mmio_read(&self, region: MmioRegion, offset: usize, width: Width) -> u64 {
+        self.share();
         let value = self.host.mmio_read(region, offset, width);
         let arguments = [(region.base() + offset) as u64, width.bytes() as u64];
         self.note(Call::MmioRead, &arguments, &[value], &[]);

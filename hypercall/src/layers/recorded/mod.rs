@@ -7,7 +7,8 @@
 //! baton back, as a record of its own. What a device writes to memory is recorded as it is read (`dma_read`, `dma_copy`,
 //! `dma_unmap`).
 //!
-//! A thread must not spin for another: it would spin for ever. (Locks of `anykernel` spin for a while, then park.)
+//! A thread that spins and asks for the time, or a device's registers or memory, lets others run now and then. One that
+//! spins without a call spins for ever. (Locks of `anykernel` spin for a while, then park.)
 
 mod file;
 mod host;
@@ -18,7 +19,9 @@ mod usb;
 
 pub use file::{CorruptChunk, MAGIC, crc32, take_chunk};
 pub use host::Recorded;
-pub use record::{Event, Record, SEED, digest, mix, outcome_of};
+pub use record::{
+    Event, NoRecord, Record, SEED, USB_STATUS, digest, mix, outcome_of, submitted, usb_device_of,
+};
 
 use super::ByteRing;
 use crate::{Clock, Signal, Threads};
@@ -33,6 +36,9 @@ pub const ENTER_STOP: u64 = 1;
 
 /// How long a full ring is waited for, before a recording is given up because nobody reads it.
 const PATIENCE_NS: u64 = 10_000_000_000;
+
+/// How often a thread may ask for what it could spin on, before others have their turn.
+const SLICE_CALLS: u32 = 64;
 
 /// A signal that the host may raise.
 struct Source {
@@ -51,6 +57,8 @@ struct Source {
 enum Use {
     Irq(u32),
     Link(u32),
+    UsbWatch,
+    Usb(u64),
 }
 
 /// What only the holder of the baton touches.
@@ -59,6 +67,8 @@ struct Held {
     bytes: Vec<u8>,
     /// The number of the thread.
     thread: u32,
+    /// How often it asked for what it could spin on.
+    asked: u32,
 }
 
 /// The state of a recording, which lives for ever.
@@ -83,7 +93,7 @@ impl Recorder {
             out,
             next: AtomicU32::new(0),
             serving: crate::atomic::AtomicU32::new(0),
-            held: UnsafeCell::new(Held { sources: Vec::new(), bytes: Vec::new(), thread: 0 }),
+            held: UnsafeCell::new(Held { sources: Vec::new(), bytes: Vec::new(), thread: 0, asked: 0 }),
             threads: AtomicU32::new(1),
             given_up: AtomicBool::new(false),
         }
@@ -109,7 +119,20 @@ impl Recorder {
             }
             host.park(&self.serving, serving, None);
         }
-        self.held(|held| held.thread = thread);
+        self.held(|held| (held.thread, held.asked) = (thread, 0));
+    }
+
+    /// Whether its holder had the baton for long, and if so, whether others want it.
+    fn slice_over(&self) -> Option<bool> {
+        let over = self.held(|held| {
+            held.asked = (held.asked + 1) % SLICE_CALLS;
+            held.asked == 0
+        });
+        let others = || {
+            let (next, serving) = (self.next.load(Ordering::Relaxed), self.serving.load(Ordering::Relaxed));
+            next.wrapping_sub(serving) > 1
+        };
+        over.then(others)
     }
 
     /// Gives the baton to who waited longest.
@@ -159,7 +182,8 @@ impl Recorder {
         let count = self.held(|held| held.sources.len());
         for number in 0..count {
             let raised = self.held(|held| {
-                let source = held.sources.get_mut(number)?;
+                // One that is just given to the host is not yet known by its number.
+                let source = held.sources.get_mut(number).filter(|source| !source.uses.is_empty())?;
                 let by = source.shadow.count().wrapping_sub(source.seen);
                 source.seen = source.seen.wrapping_add(by);
                 source.signal.as_ref()?.advance(by);

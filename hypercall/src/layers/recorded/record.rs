@@ -5,7 +5,9 @@
 //! ```
 //! `code` is one byte, the others are numbers of 7 bits a byte, low ones first, as LEB128 has them; `data` is bytes.
 
-use crate::{Call, Error};
+use crate::{
+    Call, Error, UsbDeviceId, UsbDeviceInfo, UsbPath, UsbSpeed, UsbStatus, UsbTransfer, UsbTransferKind,
+};
 use alloc::vec::Vec;
 
 /// What happened, beside calls.
@@ -25,15 +27,18 @@ pub enum Event {
     Enter,
     /// And leaves.
     Leave,
+    /// The thread called for a long time without sleeping, and others had their turn before it goes on.
+    Preempt,
 }
 
-const EVENTS: [(u8, Event); 6] = [
+const EVENTS: [(u8, Event); 7] = [
     (0xf0, Event::Begin),
     (0xf1, Event::End),
     (0xf2, Event::Raise),
     (0xf3, Event::Outside),
     (0xf4, Event::Enter),
     (0xf5, Event::Leave),
+    (0xf6, Event::Preempt),
 ];
 
 impl Event {
@@ -47,6 +52,7 @@ impl Event {
             Self::Outside => "outside",
             Self::Enter => "enter",
             Self::Leave => "leave",
+            Self::Preempt => "preempt",
         }
     }
 
@@ -80,6 +86,8 @@ pub struct Record {
 
 /// Most numbers in a list; the reader refuses more.
 const MOST_NUMBERS: u64 = 16;
+/// Most bytes of data; the reader refuses more. What is read of a disk in one call is far less.
+const MOST_DATA: usize = 64 << 20;
 
 fn put_number(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
@@ -108,26 +116,42 @@ pub(super) fn put(
     out.extend_from_slice(data);
 }
 
-fn take_number(bytes: &mut &[u8]) -> Option<u64> {
+/// Why there is no record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoRecord {
+    /// The bytes end before it does.
+    Cut,
+    /// No record begins like this.
+    Invalid,
+}
+
+fn take_byte(bytes: &mut &[u8]) -> Result<u8, NoRecord> {
+    let (first, rest) = bytes.split_first().ok_or(NoRecord::Cut)?;
+    *bytes = rest;
+    Ok(*first)
+}
+
+fn take_number(bytes: &mut &[u8]) -> Result<u64, NoRecord> {
     let mut value = 0;
     for shift in (0..64).step_by(7) {
-        let (first, rest) = bytes.split_first()?;
-        *bytes = rest;
+        let first = take_byte(bytes)?;
         let part = u64::from(first & 0x7f);
         if part << shift >> shift != part {
-            return None;
+            break;
         }
         value |= part << shift;
         if first & 0x80 == 0 {
-            return Some(value);
+            return Ok(value);
         }
     }
-    None
+    Err(NoRecord::Invalid)
 }
 
-fn take_list(bytes: &mut &[u8]) -> Option<Vec<u64>> {
-    let count = take_number(bytes).filter(|count| *count <= MOST_NUMBERS)?;
-    (0..count).map(|_| take_number(bytes)).collect()
+fn take_list(bytes: &mut &[u8]) -> Result<Vec<u64>, NoRecord> {
+    match take_number(bytes)? {
+        count @ ..=MOST_NUMBERS => (0..count).map(|_| take_number(bytes)).collect(),
+        _ => Err(NoRecord::Invalid),
+    }
 }
 
 impl Record {
@@ -136,20 +160,77 @@ impl Record {
         put(out, self.event, self.thread, &self.arguments, &self.results, &self.data);
     }
 
-    /// Takes the first record off `bytes`; `None` if there is no whole one that makes sense, and then nothing is taken.
-    pub fn take(bytes: &mut &[u8]) -> Option<Self> {
+    /// Takes the first record off `bytes`. Without one, nothing is taken.
+    pub fn take(bytes: &mut &[u8]) -> Result<Self, NoRecord> {
         let mut rest = *bytes;
-        let (code, after) = rest.split_first()?;
-        rest = after;
-        let event = Event::of_code(*code)?;
-        let thread = u32::try_from(take_number(&mut rest)?).ok()?;
+        let event = Event::of_code(take_byte(&mut rest)?).ok_or(NoRecord::Invalid)?;
+        let thread = u32::try_from(take_number(&mut rest)?).map_err(|_| NoRecord::Invalid)?;
         let (arguments, results) = (take_list(&mut rest)?, take_list(&mut rest)?);
-        let len = usize::try_from(take_number(&mut rest)?).ok()?;
-        let (data, rest) = rest.split_at_checked(len)?;
+        let len = usize::try_from(take_number(&mut rest)?)
+            .ok()
+            .filter(|len| *len <= MOST_DATA)
+            .ok_or(NoRecord::Invalid)?;
+        let (data, rest) = rest.split_at_checked(len).ok_or(NoRecord::Cut)?;
         *bytes = rest;
-        Some(Self { event, thread, arguments, results, data: data.to_vec() })
+        Ok(Self { event, thread, arguments, results, data: data.to_vec() })
     }
 }
+
+/// What of a transfer a recording compares: where to, how, and what is sent.
+pub fn submitted(device: UsbDeviceId, transfer: &UsbTransfer) -> [u64; 8] {
+    let (kind, setup) = match transfer.kind {
+        UsbTransferKind::Control(setup) => (0, u64::from_le_bytes(setup)),
+        UsbTransferKind::Bulk => (1, 0),
+        UsbTransferKind::Interrupt => (2, 0),
+    };
+    let sent = if receives(transfer) { 0 } else { digest(&transfer.data) };
+    let len = transfer.data.len() as u64;
+    [device.0, kind, setup, transfer.endpoint.into(), len, sent, transfer.zero_packet.into(), transfer.tag]
+}
+
+/// Whether the device fills its data.
+pub(super) fn receives(transfer: &UsbTransfer) -> bool {
+    let direction = match transfer.kind {
+        UsbTransferKind::Control([request_type, ..]) => request_type,
+        _ => transfer.endpoint,
+    };
+    direction & 0x80 != 0
+}
+
+/// How transfers end, by the number that stands for it.
+pub const USB_STATUS: [UsbStatus; 6] = [
+    UsbStatus::Done,
+    UsbStatus::Stall,
+    UsbStatus::Overflow,
+    UsbStatus::Error,
+    UsbStatus::Cancelled,
+    UsbStatus::Gone,
+];
+
+/// A device of the platform as three words: its number, its place, and the rest.
+pub(super) fn usb_device_words(info: UsbDeviceInfo) -> [u64; 3] {
+    let mut path = [0; 8];
+    path[0] = info.path.bus;
+    for (to, port) in path[1..].iter_mut().zip(info.path.ports()) {
+        *to = *port;
+    }
+    let speed = SPEEDS.iter().position(|speed| *speed == info.speed).unwrap_or(0) as u8;
+    let rest = [info.address, info.configuration, speed, 0, 0, 0, 0, 0];
+    [info.id.0, u64::from_le_bytes(path), u64::from_le_bytes(rest)]
+}
+
+/// The device that those words stand for; `None` if they stand for none.
+pub fn usb_device_of([id, path, rest]: [u64; 3]) -> Option<UsbDeviceInfo> {
+    let [bus, ports @ ..] = path.to_le_bytes();
+    let ports = ports.into_iter().take_while(|port| *port > 0);
+    let path = ports.into_iter().try_fold(UsbPath::root(bus), UsbPath::child)?;
+    let [address, configuration, speed, ..] = rest.to_le_bytes();
+    let speed = *SPEEDS.get(usize::from(speed))?;
+    Some(UsbDeviceInfo { id: UsbDeviceId(id), path, address, speed, configuration })
+}
+
+const SPEEDS: [UsbSpeed; 5] =
+    [UsbSpeed::Low, UsbSpeed::Full, UsbSpeed::High, UsbSpeed::Super, UsbSpeed::SuperPlus];
 
 /// A number that stands for bytes (FNV-1a over words, then bytes).
 pub fn digest(bytes: &[u8]) -> u64 {

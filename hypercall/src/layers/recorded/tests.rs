@@ -1,6 +1,9 @@
 use super::*;
-use crate::testing::TestHost;
-use crate::{Clock, HostLink, Memory, Result, ThreadSpec, Threads};
+use crate::testing::{TestHost, UsbLoopback};
+use crate::{
+    Call, Clock, HostLink, HostUsb, Memory, Result, ThreadSpec, Threads, UsbPath, UsbTransfer,
+    UsbTransferKind,
+};
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -15,7 +18,7 @@ fn records(ring: ByteRing) -> Vec<Record> {
     let mut bytes = Vec::new();
     ring.read(&mut bytes);
     let mut rest = &bytes[..];
-    let records = core::iter::from_fn(|| Record::take(&mut rest)).collect();
+    let records = core::iter::from_fn(|| Record::take(&mut rest).ok()).collect();
     assert!(rest.is_empty(), "{} bytes are no record", rest.len());
     records
 }
@@ -135,6 +138,96 @@ fn sleepers_wake() {
     recorded.join(thread).unwrap();
 }
 
+/// One that asks for the time between its looks, at least.
+#[test]
+fn a_thread_may_spin_for_another() {
+    let (host, ring) = recorded(TestHost::new());
+    let turn = Arc::new(AtomicU32::new(0));
+    let play = |me: u32| {
+        let turn = turn.clone();
+        let body = move || {
+            while turn.load(Ordering::Acquire) < 10 {
+                if turn.load(Ordering::Acquire) % 2 == me {
+                    turn.fetch_add(1, Ordering::Release);
+                }
+                host.monotonic_ns();
+            }
+        };
+        host.spawn(ThreadSpec { name: "t", cpu: None }, Box::new(body)).unwrap()
+    };
+    [play(0), play(1)].into_iter().for_each(|thread| host.join(thread).unwrap());
+    let preempted = records(ring).iter().filter(|record| record.event == Event::Preempt).count();
+    assert!(preempted >= 9, "{preempted}");
+}
+
+#[test]
+fn a_thread_that_spins_hears_of_the_host() {
+    let host = TestHost::new();
+    let (a, b) = host.add_link_pair();
+    let (recorded, _) = recorded(host);
+    let signal = Arc::new(Signal::new());
+    recorded.link_open(a, signal.clone()).unwrap();
+    host.link_open(b, Arc::new(Signal::new())).unwrap();
+    host.link_send(b, &[0x5a; 60]).unwrap();
+    while signal.count() == 0 {
+        recorded.monotonic_ns();
+    }
+}
+
+#[test]
+fn transfers_of_usb_are_written_where_they_begin_and_where_they_are_reaped() {
+    let host = TestHost::new();
+    let path = UsbPath::parse("1-2").unwrap();
+    let id = host.plug_usb(path, Box::new(UsbLoopback::default()));
+    let (recorded, ring) = recorded(host);
+    let (watch, signal) = (Arc::new(Signal::new()), Arc::new(Signal::new()));
+    recorded.usb_watch(Some(watch.clone())).unwrap();
+    let mut found = Vec::new();
+    recorded.usb_devices(&mut |info| found.push(info));
+    assert_eq!((found.len(), found[0].id, found[0].path), (1, id, path));
+    recorded.usb_open(id, signal.clone()).unwrap();
+    recorded.usb_claim(id, 0).unwrap();
+    let transfer = |endpoint, data: &[u8], tag| UsbTransfer {
+        kind: UsbTransferKind::Bulk,
+        endpoint,
+        data: data.into(),
+        zero_packet: false,
+        tag,
+    };
+    recorded.usb_submit(id, transfer(0x01, b"hello", 1)).unwrap();
+    recorded.usb_submit(id, transfer(0x82, &[0; 512], 2)).unwrap();
+    let mut reaped = Vec::new();
+    while reaped.len() < 2 {
+        let seen = signal.count();
+        match recorded.usb_reap(id) {
+            Some(completion) => reaped.push(completion),
+            None => assert!(signal.wait(&recorded, seen, None)),
+        }
+    }
+    assert_eq!((&reaped[1].transfer.data[..5], reaped[1].actual), (&b"hello"[..], 5));
+    assert!(recorded.usb_submit(id, transfer(0x07, b"", 3)).is_err());
+    recorded.usb_close(id);
+    recorded.usb_watch(None).unwrap();
+    assert_eq!((Arc::strong_count(&watch), Arc::strong_count(&signal)), (1, 1), "they were given back");
+    let records = records(ring);
+    let of = |call| records.iter().filter(move |record| record.event == Event::Call(call));
+    let words: Vec<u64> = of(Call::UsbDevices)
+        .next()
+        .unwrap()
+        .data
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .copied()
+        .map(u64::from_le_bytes)
+        .collect();
+    assert_eq!(usb_device_of(words.try_into().unwrap()), Some(found[0]));
+    assert_eq!(of(Call::UsbSubmit).map(|one| one.results[0]).collect::<Vec<_>>()[..2], [0, 0]);
+    let reaped: Vec<_> = of(Call::UsbReap).filter(|one| one.results[0] == 1).collect();
+    assert_eq!((reaped[0].results[1], reaped[0].data.len()), (1, 0), "what was sent is known");
+    assert_eq!((reaped[1].results[1], reaped[1].data.as_slice()), (2, &b"hello"[..]));
+}
+
 #[test]
 fn a_ring_that_nobody_reads_ends_the_recording_and_not_the_domain() {
     let ring = ByteRing::new(256).unwrap();
@@ -152,7 +245,7 @@ fn a_ring_that_nobody_reads_ends_the_recording_and_not_the_domain() {
         recorded.memory_bytes();
     }
     mover.join().unwrap();
-    assert!(recorder.given_up());
+    assert!(recorder.given_up() && ring.lost(), "and whoever reads it later knows");
 }
 
 #[test]
@@ -176,10 +269,10 @@ fn records_are_read_as_written() {
         let mut bytes = Vec::new();
         record.put(&mut bytes);
         let mut rest = &bytes[..];
-        assert_eq!(Record::take(&mut rest), Some(record));
+        assert_eq!(Record::take(&mut rest), Ok(record));
         assert!(rest.is_empty());
         for len in 0..bytes.len() {
-            assert_eq!(Record::take(&mut &bytes[..len]), None, "cut to {len}");
+            assert_eq!(Record::take(&mut &bytes[..len]), Err(NoRecord::Cut), "cut to {len}");
         }
         // Whatever is read: no panic, and no more memory than there are bytes.
         let at = random() as usize % bytes.len();

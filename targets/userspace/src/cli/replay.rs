@@ -19,7 +19,7 @@ use std::process::Command;
   anykernel replay f.rec
       run it again, call for call, and print the hash of all that it did
   anykernel replay f.rec --until 1200 --gdb
-      stop in the debugger as call 1200 returns, in the component's own frames
+      stop in the debugger as call 1200 returns, in the component's own frames; there `break FILE.rs:LINE` and `continue`
   anykernel replay fuzz/artifacts/tcp/5c678a52.repro
       see what the fuzzer found, with its stack; with --gdb in the debugger
 
@@ -30,7 +30,7 @@ pub(super) struct Replay {
     /// Stop at this call, counted from 1
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     until: Option<u64>,
-    /// In gdb: it stops at --until, or where the component panics
+    /// In gdb: it stops at --until, else at the first call, and where the component panics or does something else than recorded
     #[arg(long)]
     gdb: bool,
     /// One JSON object on standard output
@@ -100,9 +100,7 @@ impl Replay {
         gdb.args(["-q", "-ex", "set breakpoint pending on", "-ex", "break rust_panic"]);
         gdb.args(["-ex", "break anykernel_replay_stop", "-ex", "run", "--args"]);
         gdb.arg(program).arg("replay").arg(&self.file).arg("--debugged");
-        if let Some(until) = self.until {
-            gdb.arg("--until").arg(until.to_string());
-        }
+        gdb.arg("--until").arg(self.until.unwrap_or(1).to_string());
         let error = gdb.exec();
         Failure::new(format!("gdb cannot be started: {error}: install it (Debian: apt-get install gdb)"))
     }

@@ -53,8 +53,8 @@ pub fn image_with(app: &str, feature: Option<&str>) -> Result<PathBuf, Failure> 
 pub fn run(spec: &RunSpec) -> Result<ExitStatus, Failure> {
     let app = spec.config.app.first().map(String::as_str).unwrap_or_default();
     match app {
-        // Its image can do that anyway.
-        "usb" => boot(spec, &image_with("usb-app", spec.trace.as_ref().map(|_| "trace"))?),
+        // Its image has USB anyway.
+        "usb" => boot(spec, &image_with("usb-app", spec.layer())?),
         app => boot(spec, &image_with(app, spec.feature())?),
     }
 }

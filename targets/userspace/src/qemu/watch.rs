@@ -40,13 +40,13 @@ impl Watch {
             let memory = GuestMemory::new(memory)?;
             watch.args.extend(memory.args());
             let control = spec.control.as_deref().map(Control::listen).transpose()?;
-            let events = move || memory.find().and_then(|channel| channel.events());
+            let events = move || memory.find().and_then(|channel| Some((channel.events()?, channel.notes())));
             watch.trace = Some(Trace::follow(path, &spec.config.hostname, control, events)?);
         }
         if let Some(path) = &spec.record {
             let memory = GuestMemory::new(memory)?;
             watch.args.extend(memory.args());
-            let header = replay::header(target, &spec.config);
+            let header = replay::header(target, spec);
             let bytes = move || memory.find().and_then(|channel| channel.bytes());
             watch.recording = Some(Recording::follow(path, &header, spec.record_limit, bytes)?);
         }

@@ -2,8 +2,10 @@
 
 use super::file::Header;
 use super::host::Replayed;
-use crate::{apps, start_components};
+use crate::apps;
+use crate::instance::{settle, start_components, start_usb, usb_options};
 use anykernel::{Kernel, StartError};
+use anykernel_usb::{Options, UsbStack};
 use hypercall::layers::recorded::{ENTER_STOP, Event};
 use hypercall::{ExitStatus, ThreadSpec, Threads};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -30,7 +32,7 @@ pub(super) fn run(header: &Header, host: Replayed, stop: &Stop) {
     let kernel = Kernel::new(host, header.config.clone());
     stop.set(&kernel);
     match header.target.as_str() {
-        "rumprun" => rumprun(&kernel),
+        "rumprun" => rumprun(&kernel, header.usb),
         "linux-module" => linux_module(&kernel),
         _ => userspace(&kernel),
     }
@@ -42,8 +44,9 @@ fn app(kernel: &Arc<Kernel<Replayed>>) -> ExitStatus {
     apps::run(&name, kernel).unwrap_or(ExitStatus::Usage)
 }
 
-fn rumprun(kernel: &Arc<Kernel<Replayed>>) {
+fn rumprun(kernel: &Arc<Kernel<Replayed>>, usb: bool) {
     let started = anykernel_virtio::probe(kernel)
+        .and_then(|()| if usb { xhci(kernel) } else { Ok(()) })
         .and_then(|()| anykernel_vfs::start(kernel))
         .and_then(|()| anykernel_net::start(kernel));
     if started.is_ok() {
@@ -52,8 +55,22 @@ fn rumprun(kernel: &Arc<Kernel<Replayed>>) {
     }
 }
 
+fn platform_usb(kernel: &Arc<Kernel<Replayed>>) -> Result<(), StartError> {
+    usb_options(kernel.config()).map_or(Ok(()), |options| start_usb(kernel, options))
+}
+
+fn xhci(kernel: &Arc<Kernel<Replayed>>) -> Result<(), StartError> {
+    let mut found = Vec::new();
+    anykernel_xhci::probe(kernel, &mut |controller, signal| found.push((controller, signal)))?;
+    for (bus, (controller, signal)) in (1..=u8::MAX).zip(found) {
+        settle(kernel, UsbStack::start(kernel, controller, signal, bus, Options::default())?);
+    }
+    Ok(())
+}
+
 fn linux_module(kernel: &Arc<Kernel<Replayed>>) {
     let components = [
+        platform_usb,
         anykernel_vfs::hostblk::register,
         anykernel_vfs::start,
         anykernel_net::hostlink::register,
@@ -83,7 +100,7 @@ fn linux_module(kernel: &Arc<Kernel<Replayed>>) {
 }
 
 fn userspace(kernel: &Arc<Kernel<Replayed>>) {
-    if start_components(kernel).is_ok() {
+    if platform_usb(kernel).and_then(|()| start_components(kernel)).is_ok() {
         app(kernel);
         kernel.counters();
     }

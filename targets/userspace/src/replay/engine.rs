@@ -3,10 +3,10 @@
 //! Threads are threads of the process, so that a debugger shows them; one of them runs at a time. A thread that calls what
 //! blocks waits until the next record is its own. Every call is compared with the recorded one.
 
-use hypercall::Signal;
 use hypercall::layers::recorded::{Event, Record, SEED, digest, mix};
+use hypercall::{Signal, UsbTransfer};
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -60,6 +60,8 @@ struct State {
     hash: u64,
     /// By the numbers of the recording.
     signals: Vec<Option<Arc<Signal>>>,
+    /// USB transfers that are submitted, by device and tag.
+    transfers: BTreeMap<(u64, u64), UsbTransfer>,
     outcome: Option<Outcome>,
 }
 
@@ -67,7 +69,7 @@ impl State {
     fn advance(&mut self) -> Option<Record> {
         let mut rest = self.records.get(self.at..).unwrap_or_default();
         let before = rest.len();
-        let next = Record::take(&mut rest);
+        let next = Record::take(&mut rest).ok();
         self.at += before - rest.len();
         let taken = std::mem::replace(&mut self.next, next)?;
         self.position += 1;
@@ -90,7 +92,7 @@ pub(super) struct Engine {
     debugged: bool,
 }
 
-/// Where a debugger stops: call `position` is about to return to the component.
+/// Where a debugger stops: call `position` is about to return to the component, or the one after it is another than recorded.
 #[unsafe(no_mangle)]
 #[inline(never)]
 #[expect(unsafe_code, reason = "a name that a debugger finds")]
@@ -123,6 +125,7 @@ impl Engine {
             waiting: BTreeSet::new(),
             hash: SEED,
             signals: Vec::new(),
+            transfers: BTreeMap::new(),
             outcome: None,
         };
         state.advance();
@@ -206,32 +209,56 @@ impl Engine {
         let me = THREAD.get();
         let mut state = self.lock();
         if blocks {
-            state.waiting.insert(me);
-            if state.running == Some(me) {
-                self.release(&mut state);
-            }
-            let mine = |state: &State| {
-                let next = state.next.as_ref();
-                state.running.is_none()
-                    && next.is_some_and(|next| next.thread == me && next.event != Event::Enter)
-            };
-            while state.outcome.is_none() && !mine(&state) {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
-            state.waiting.remove(&me);
-            state.running = Some(me);
+            state = self.pass(state, me);
         }
         self.take(state, me, event, arguments)
     }
 
-    fn take(&self, mut state: MutexGuard<'_, State>, me: u32, event: Event, arguments: &[u64]) -> Record {
+    /// Lets others run until the next record is this thread's.
+    fn pass<'a>(&'a self, mut state: MutexGuard<'a, State>, me: u32) -> MutexGuard<'a, State> {
+        state.waiting.insert(me);
+        if state.running == Some(me) {
+            self.release(&mut state);
+        }
+        let mine = |state: &State| {
+            let next = state.next.as_ref();
+            state.running.is_none()
+                && next.is_some_and(|next| next.thread == me && next.event != Event::Enter)
+        };
+        while state.outcome.is_none() && !mine(&state) {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.waiting.remove(&me);
+        state.running = Some(me);
+        state
+    }
+
+    fn take<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        me: u32,
+        event: Event,
+        arguments: &[u64],
+    ) -> Record {
+        // What comes before the record of the call itself.
+        while state.outcome.is_none() {
+            match state.next.as_ref().filter(|next| next.thread == me).map(|next| next.event) {
+                Some(Event::Raise) => {
+                    if let Some(raised) = state.advance() {
+                        self.raise(&mut state, &raised);
+                    }
+                }
+                Some(Event::Preempt) => {
+                    if let Some(preempted) = state.advance() {
+                        state.note(Event::Preempt, me, &[], &preempted);
+                    }
+                    state = self.pass(state, me);
+                }
+                _ => break,
+            }
+        }
         if state.outcome.is_some() {
             self.rest_for_ever(state);
-        }
-        while let Some(raised) = state.next.take_if(|next| next.event == Event::Raise && next.thread == me) {
-            state.next = Some(raised.clone());
-            state.advance();
-            self.raise(&mut state, &raised);
         }
         let fits = |next: &Record| next.event == event && next.thread == me && next.arguments == arguments;
         match &state.next {
@@ -241,6 +268,12 @@ impl Engine {
             }
             Some(next) if !fits(next) => {
                 self.diverge(&mut state, Shown(event, me, arguments).to_string());
+                let position = state.position;
+                if self.debugged {
+                    drop(state);
+                    anykernel_replay_stop(position);
+                    state = self.lock();
+                }
                 self.rest_for_ever(state)
             }
             Some(_) => {}
@@ -277,6 +310,11 @@ impl Engine {
             state.signals.resize(len, None);
             state.signals[number] = Some(signal);
         }
+    }
+
+    /// The transfers that the host has.
+    pub(super) fn transfers<T>(&self, f: impl FnOnce(&mut BTreeMap<(u64, u64), UsbTransfer>) -> T) -> T {
+        f(&mut self.lock().transfers)
     }
 
     /// Runs `body` as thread `thread`, from its first record to its last.

@@ -1,16 +1,18 @@
 //! Recordings, read back.
 
+use crate::RunSpec;
+use crate::instance::usb_options;
 use anykernel::config::Config;
-use hypercall::layers::recorded::{CorruptChunk, MAGIC, Record, digest, take_chunk};
+use hypercall::layers::recorded::{CorruptChunk, MAGIC, NoRecord, Record, digest, take_chunk};
 use hypercall::{Call, ContractVersion};
 use serde_json::{Value, json};
 use std::path::Path;
 
 /// Raised when an old replayer would misunderstand a new recording.
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
 
 /// The contracts that a recording knows.
-const CONTRACTS: [ContractVersion; 7] = [
+const CONTRACTS: [ContractVersion; 8] = [
     ContractVersion::CORE,
     ContractVersion::DMA,
     ContractVersion::MMIO,
@@ -18,6 +20,7 @@ const CONTRACTS: [ContractVersion; 7] = [
     ContractVersion::IRQ,
     ContractVersion::BLOCK,
     ContractVersion::LINK,
+    ContractVersion::USB,
 ];
 
 /// Why a recording cannot be replayed. Each is one line that says what to do.
@@ -32,6 +35,9 @@ pub enum RecordingError {
     /// Nothing in it is whole.
     #[error("it is cut short before its first call: record again")]
     Empty,
+    /// Its chunks are whole, but not what is in them.
+    #[error("call {0} of it makes no sense: record again, and please report it")]
+    Invalid(u64),
     /// A chunk whose checksum is wrong, and the byte where it begins.
     #[error("it is corrupt at byte {0}: copy it again from where it was recorded, or record again")]
     Corrupt(usize),
@@ -64,6 +70,8 @@ pub struct Header {
     pub target: String,
     /// The domain's configuration, which names the application.
     pub config: Config,
+    /// Whether USB was among its components.
+    pub usb: bool,
     /// Whether this very program made it.
     pub same_build: bool,
 }
@@ -79,12 +87,20 @@ pub struct RecordingFile {
     pub cut: bool,
 }
 
-/// The components that a domain has on `target`.
+/// The components that a domain has on `target`, the last ones only with USB.
 fn components(target: &str) -> &'static [&'static str] {
     match target {
-        "rumprun" => &["virtio", "vfs", "net"],
-        "userspace" | "linux-module" => &["hostblk", "hostlink", "vfs", "net"],
+        "rumprun" => &["virtio", "vfs", "net", "usb", "xhci"],
+        "userspace" | "linux-module" => &["hostblk", "hostlink", "vfs", "net", "usb"],
         _ => &[],
+    }
+}
+
+/// Whether a domain on `target` has USB.
+fn has_usb(target: &str, spec: &RunSpec) -> bool {
+    match target {
+        "rumprun" => !spec.usb.is_empty() || spec.config.app.first().is_some_and(|app| app == "usb"),
+        _ => usb_options(&spec.config).is_some(),
     }
 }
 
@@ -101,7 +117,9 @@ fn build() -> String {
 }
 
 /// The header of a recording that is to be made.
-pub fn header(target: &str, config: &Config) -> Value {
+pub fn header(target: &str, spec: &RunSpec) -> Value {
+    let usb = has_usb(target, spec);
+    let components = components(target).iter().filter(|name| usb || !["usb", "xhci"].contains(name));
     let contracts: serde_json::Map<_, _> = CONTRACTS
         .iter()
         .map(|one| (one.name.into(), format!("{}.{}", one.major, one.minor).into()))
@@ -112,8 +130,8 @@ pub fn header(target: &str, config: &Config) -> Value {
         "build": build(),
         "calls": calls(),
         "contracts": contracts,
-        "components": components(target),
-        "config": config.to_json(),
+        "components": components.collect::<Vec<_>>(),
+        "config": spec.config.to_json(),
     })
 }
 
@@ -140,7 +158,8 @@ impl Header {
         if known.is_empty() {
             return Err(RecordingError::MissingComponent(format!("target {target}")));
         }
-        for component in value["components"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        let has = || value["components"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        for component in has() {
             if !known.contains(&component) {
                 return Err(RecordingError::MissingComponent(component.into()));
             }
@@ -154,7 +173,8 @@ impl Header {
         if !crate::apps::APPS.iter().any(|(name, _)| *name == app) {
             return Err(RecordingError::MissingApplication(app));
         }
-        Ok(Self { target, config, same_build: text("build") == build() })
+        let usb = has().any(|component| component == "usb");
+        Ok(Self { target, config, usb, same_build: text("build") == build() })
     }
 }
 
@@ -167,25 +187,39 @@ impl From<CorruptChunk> for RecordingError {
 impl RecordingFile {
     /// Reads a file.
     pub fn open(path: &Path) -> Result<Self, RecordingError> {
-        Self::parse(&std::fs::read(path).map_err(|error| RecordingError::Io(error.to_string()))?)
+        Self::parse(std::fs::read(path).map_err(|error| RecordingError::Io(error.to_string()))?)
     }
 
-    /// Reads what is in a file.
-    pub fn parse(bytes: &[u8]) -> Result<Self, RecordingError> {
+    /// Reads what was in a file.
+    pub fn parse(mut bytes: Vec<u8>) -> Result<Self, RecordingError> {
         if !bytes.starts_with(MAGIC) {
             return Err(RecordingError::NotARecording);
         }
-        let (header, mut at) = take_chunk(bytes, MAGIC.len())?.ok_or(RecordingError::Empty)?;
+        let (header, mut at) = take_chunk(&bytes, MAGIC.len())?.ok_or(RecordingError::Empty)?;
         let header = Header::parse(header)?;
-        let mut records = Vec::new();
-        while let Some((content, next)) = take_chunk(bytes, at)? {
-            records.extend_from_slice(content);
-            at = next;
+        // The records move together where they are: there may be a gigabyte of them.
+        let mut len = 0;
+        while let Some((content, next)) = take_chunk(&bytes, at)? {
+            let content = next - content.len()..next;
+            let moved = content.len();
+            bytes.copy_within(content, len);
+            (at, len) = (next, len + moved);
         }
-        if Record::take(&mut &records[..]).is_none() {
+        let cut = at != bytes.len();
+        bytes.truncate(len);
+        let (mut rest, mut calls) = (&bytes[..], 0);
+        loop {
+            match Record::take(&mut rest) {
+                Ok(_) => calls += 1,
+                // Where the file ends in the middle of something, its last record may, too.
+                Err(NoRecord::Cut) => break,
+                Err(NoRecord::Invalid) => return Err(RecordingError::Invalid(calls + 1)),
+            }
+        }
+        if calls == 0 {
             return Err(RecordingError::Empty);
         }
-        Ok(Self { header, records, cut: at != bytes.len() })
+        Ok(Self { header, records: bytes, cut })
     }
 }
 
@@ -203,37 +237,62 @@ mod tests {
         std::fs::read(file.path()).unwrap()
     }
 
-    fn config() -> Config {
-        Config { app: vec!["httpd".into()], ..Config::default() }
+    fn spec() -> RunSpec {
+        RunSpec::new(Config { app: vec!["httpd".into()], ..Config::default() })
     }
 
     #[test]
     fn what_was_written_is_read() {
-        let bytes = file(&header("rumprun", &config()));
-        let read = RecordingFile::parse(&bytes).unwrap();
+        let bytes = file(&header("rumprun", &spec()));
+        let read = RecordingFile::parse(bytes.clone()).unwrap();
         assert_eq!((read.header.target.as_str(), read.cut, read.header.same_build), ("rumprun", false, true));
         assert_eq!(read.records, [0; 5]);
-        assert!(RecordingFile::parse(&[&bytes[..], &[1, 2, 3]].concat()).unwrap().cut);
+        assert!(RecordingFile::parse([&bytes[..], &[1, 2, 3]].concat()).unwrap().cut);
+    }
+
+    #[test]
+    fn records_are_looked_at_whatever_their_checksum_says() {
+        let with = |records: &[u8]| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let (recording, ring) =
+                Recording::start(file.path(), &header("rumprun", &spec()), 1 << 20).unwrap();
+            assert!(ring.write(records, || false));
+            recording.finish().unwrap();
+            RecordingFile::open(file.path()).map(|read| read.records)
+        };
+        assert_eq!(with(&[0, 0, 0, 0, 0, 1, 0]).unwrap(), [0, 0, 0, 0, 0, 1, 0], "the last one may be cut");
+        assert_eq!(with(&[0, 0, 0, 0, 0, 0xee, 0]).unwrap_err(), RecordingError::Invalid(2));
+        assert_eq!(with(&[0, 0, 0, 0, 0, 1, 0, 99]).unwrap_err(), RecordingError::Invalid(2));
+        let endless = [0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
+        assert_eq!(with(&endless).unwrap_err(), RecordingError::Invalid(1));
+        assert_eq!(with(&[]).unwrap_err(), RecordingError::Empty);
     }
 
     #[test]
     fn what_is_wrong_is_said_in_one_line() {
-        let bytes = file(&header("rumprun", &config()));
-        let error = |bytes: &[u8]| RecordingFile::parse(bytes).unwrap_err();
+        let bytes = file(&header("rumprun", &spec()));
+        let error = |bytes: &[u8]| RecordingFile::parse(bytes.to_vec()).unwrap_err();
         assert_eq!(error(b"PK"), RecordingError::NotARecording);
         assert_eq!(error(&bytes[..bytes.len() - 1]), RecordingError::Empty);
-        for at in (16..bytes.len()).step_by(7) {
-            let mut wrong = bytes.clone();
-            wrong[at] ^= 0x10;
-            let error = error(&wrong);
-            assert!(matches!(error, RecordingError::Corrupt(_) | RecordingError::Empty), "{at}: {error}");
+        // Each byte, of the magic, of lengths, of checksums, of the header, of records.
+        for at in 0..bytes.len() {
+            for bit in [0x01, 0x10, 0x80] {
+                let mut wrong = bytes.clone();
+                wrong[at] ^= bit;
+                let error = error(&wrong);
+                let expected = match at {
+                    0..8 => error == RecordingError::NotARecording,
+                    _ => matches!(error, RecordingError::Corrupt(_) | RecordingError::Empty),
+                };
+                assert!(expected && error.to_string().lines().count() == 1, "{at}: {error}");
+            }
         }
         let with = |key: &str, value: Value| {
-            let mut header = header("rumprun", &config());
+            let mut header = header("rumprun", &spec());
             header[key] = value;
             error(&file(&header))
         };
-        assert!(matches!(with("format", 2.into()), RecordingError::OtherVersion { .. }));
+        assert!(matches!(with("format", 1.into()), RecordingError::OtherVersion { .. }));
         assert!(matches!(with("contracts", json!({ "core": "9.0" })), RecordingError::OtherVersion { .. }));
         assert_eq!(with("components", json!(["nvme"])), RecordingError::MissingComponent("nvme".into()));
         let other = Config { app: vec!["other".into()], ..Config::default() };
@@ -241,7 +300,7 @@ mod tests {
             with("config", other.to_json().into()),
             RecordingError::MissingApplication("other".into())
         );
-        for line in [with("format", 2.into()).to_string(), error(b"").to_string()] {
+        for line in [with("format", 1.into()).to_string(), error(b"").to_string()] {
             assert_eq!(line.lines().count(), 1);
         }
     }

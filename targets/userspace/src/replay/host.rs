@@ -49,28 +49,28 @@ fn optional(value: Option<u64>) -> u64 {
     value.map_or(0, |value| value.wrapping_add(1))
 }
 
-fn result(record: &Record, at: usize) -> u64 {
+pub(super) fn result(record: &Record, at: usize) -> u64 {
     record.results.get(at).copied().unwrap_or(0)
 }
 
 /// The first result as an outcome.
-fn outcome(record: &Record) -> Result<()> {
+pub(super) fn outcome(record: &Record) -> Result<()> {
     outcome_of(result(record, 0)).unwrap_or(Err(Error::Io))
 }
 
 /// Copies the recorded bytes and says how many there were.
-fn copy(record: &Record, to: &mut [u8]) -> usize {
+pub(super) fn copy(record: &Record, to: &mut [u8]) -> usize {
     let len = record.data.len().min(to.len());
     to[..len].copy_from_slice(&record.data[..len]);
     len
 }
 
-fn words(record: &Record) -> impl Iterator<Item = u64> {
+pub(super) fn words(record: &Record) -> impl Iterator<Item = u64> {
     record.data.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word))
 }
 
 impl Replayed {
-    fn call(&self, call: Call, arguments: &[u64]) -> Record {
+    pub(super) fn call(&self, call: Call, arguments: &[u64]) -> Record {
         let blocks = call.blocks();
         self.0.step(Event::Call(call), blocks, arguments)
     }
@@ -91,6 +91,7 @@ impl Versions for Replayed {
             ContractVersion::IRQ,
             ContractVersion::BLOCK,
             ContractVersion::LINK,
+            ContractVersion::USB,
         ]
     }
 }

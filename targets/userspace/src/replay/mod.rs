@@ -7,6 +7,7 @@ mod domain;
 mod engine;
 mod file;
 mod host;
+mod usb;
 
 pub use engine::{End, Outcome, anykernel_replay_stop};
 pub use file::{Header, RecordingError, RecordingFile, header};
