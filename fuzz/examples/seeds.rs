@@ -2,7 +2,7 @@
 //! `corpus/`. Run in `fuzz/`: `cargo run --no-default-features --example seeds`. Needs e2fsprogs, dosfstools, mtools, fdisk.
 //!
 //! `seeds --pcap FILE` adds the frames of a capture (`anykernel run --pcap`, tcpdump) to the seeds of `frames`, and
-//! `seeds --recording FILE` the first records of a recording (`anykernel run --record`) to those of `recording`.
+//! `seeds --recording NAME.rec` some records of a recording (`anykernel run --record`) to those of `recording`, as `NAME-0` and on.
 
 use anykernel_fuzz::fs::images::pack;
 use hypercall::layers::recorded::{MAGIC, Record, take_chunk};
@@ -279,7 +279,7 @@ fn pcap(path: &str, top: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The first records of a recording as seeds.
+/// Records of a recording as seeds: a few of its beginning, and as many as are worth it of its beginning and its middle.
 fn recording(path: &str, top: &Path) -> Result<()> {
     let file = std::fs::read(path).map_err(|error| format!("{path}: {error}"))?;
     let chunk = |at| take_chunk(&file, at).ok().flatten();
@@ -290,16 +290,17 @@ fn recording(path: &str, top: &Path) -> Result<()> {
         records.extend(content);
         at = next;
     }
-    for (index, most) in [300, 3900].into_iter().enumerate() {
-        let mut rest = &records[..];
-        let mut len = 0;
-        while let Some(_) = Record::take(&mut rest).into_iter().next()
-            && records.len() - rest.len() <= most
-        {
-            len = records.len() - rest.len();
-        }
-        let seed = [&[2 | (index as u8 * 15) << 4][..], &records[..len]].concat();
-        write(&top.join(format!("recording/real-{index}")), seed)?;
+    // Where one ends and the next begins.
+    let (mut rest, mut ends) = (&records[..], vec![0]);
+    while Record::take(&mut rest).is_ok() {
+        ends.push(records.len() - rest.len());
+    }
+    let name = Path::new(path).file_stem().unwrap_or_default().display();
+    let middle = ends[ends.len() / 2];
+    for (index, (from, most)) in [(0, 300), (0, 3900), (middle, 3900)].into_iter().enumerate() {
+        let to = ends.iter().rfind(|end| **end <= from + most).map_or(from, |end| *end);
+        let seed = [&[2 | (index as u8 * 7) << 4][..], &records[from..to]].concat();
+        write(&top.join(format!("recording/{name}-{index}")), seed)?;
     }
     Ok(())
 }

@@ -51,17 +51,12 @@ fn read(file: &[u8]) -> Result<Vec<u8>, CorruptChunk> {
     Ok(bytes)
 }
 
-/// Takes the next record, if there is a whole one that makes sense.
-fn take(rest: &mut &[u8]) -> Option<Record> {
-    Record::take(rest).into_iter().next()
-}
-
 /// Reads records as a replay does: it comes to an end, and each means the same when written.
 fn records(mut rest: &[u8]) {
     loop {
         watch::step();
         let before = rest.len();
-        let Some(record) = take(&mut rest) else {
+        let Ok(record) = Record::take(&mut rest) else {
             assert_eq!(rest.len(), before, "nothing is taken of what makes no sense");
             return;
         };
@@ -69,14 +64,15 @@ fn records(mut rest: &[u8]) {
         let mut written = Vec::new();
         record.put(&mut written);
         assert!(written.len() <= before - rest.len(), "what is written is the shortest form");
-        assert_eq!(take(&mut &written[..]).as_ref(), Some(&record));
+        assert_eq!(Record::take(&mut &written[..]).as_ref(), Ok(&record));
     }
 }
 
 /// Records of every kind.
 fn example() -> Vec<u8> {
     let mut bytes = Vec::new();
-    let events = [Event::Begin, Event::Raise, Event::Outside, Event::Enter, Event::Leave, Event::End];
+    use Event::{Begin, End, Enter, Leave, Outside, Preempt, Raise};
+    let events = [Begin, Raise, Outside, Enter, Preempt, Leave, End];
     let calls = hypercall::Call::ALL.iter().map(|call| Event::Call(*call));
     for (index, event) in calls.chain(events).enumerate() {
         let (thread, arguments) = (index as u32 % 5, vec![index as u64, u64::MAX]);

@@ -5,7 +5,7 @@ use anykernel::Kernel;
 use anykernel::config::{Config, Mount};
 use anykernel_tests::{Running, anykernel, free_port, line};
 use anykernel_usb::testing::StorageModel;
-use anykernel_usb::{Claim, Options, UsbStack};
+use anykernel_usb::{Options, UsbStack};
 use anykernel_userspace::qemu::linux_module;
 use anykernel_userspace::record::Recording;
 use anykernel_userspace::replay::header;
@@ -182,14 +182,13 @@ fn recordings_of_a_platforms_usb_replay_in_a_process() {
         mounts: vec![Mount { source: "usb1-2".into(), target: "/".into(), kind: None, read_only: true }],
         ..Config::default()
     };
-    let (spec, claim) = (RunSpec::new(config.clone()), Claim::of_config(&config));
+    let (spec, options) = (RunSpec::new(config.clone()), Options::of_config(&config).unwrap());
     let host = TestHost::new();
     host.plug_usb(path, Box::new(StorageModel::new(std::fs::read(SITE).unwrap()).0));
     let (recording, ring) = Recording::start(&file, &header("userspace", &spec), spec.record_limit).unwrap();
     let recorder: &'static Recorder = Box::leak(Box::new(Recorder::new(ring)));
     let recorded = Recorded::new(host, recorder);
     let kernel = Kernel::new(recorded, config);
-    let options = Options { claim, ..Options::default() };
     let stack = UsbStack::start_platform(&kernel, options).unwrap();
     assert!(stack.settle(10_000_000_000));
     kernel.provide(stack);

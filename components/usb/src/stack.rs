@@ -15,6 +15,7 @@ use alloc::string::String;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use anykernel::block::BlockDevice;
+use anykernel::config::Config;
 use anykernel::counter::Counter;
 use anykernel::manifest::Capability;
 use anykernel::sync::Mutex;
@@ -40,6 +41,17 @@ pub struct Options {
     pub capture: Option<Capture>,
     /// Devices of a platform that are not taken are opened for a moment, as far as that is allowed, and asked for their names.
     pub ask_names: bool,
+}
+
+impl Options {
+    /// What a configuration asks of a platform's devices; `None`: nothing, and then no stack is needed.
+    pub fn of_config(config: &Config) -> Option<Self> {
+        let claim = Claim::of_config(config);
+        let app = |at: usize, name: &str| config.app.get(at).is_some_and(|word| word == name);
+        let looks = app(0, "usb");
+        let wanted = looks || claim != Claim::None;
+        wanted.then(|| Self { claim, ask_names: looks && app(1, "list"), ..Self::default() })
+    }
 }
 
 /// What users can read of a stack, as `usb.NAME`.

@@ -72,9 +72,10 @@ impl ByteRing {
         (self.capacity.saturating_sub(used).saturating_sub(1) as usize).saturating_mul(8)
     }
 
-    /// Whether `bytes` bytes, in one piece, can be written without waiting.
+    /// Whether `bytes` bytes can be written without waiting.
     pub fn has_room_for(&self, bytes: usize) -> bool {
-        bytes <= PIECE.min(self.room())
+        // Each piece takes a word for its length and one that is not full.
+        bytes.saturating_add(bytes.div_ceil(PIECE) * 16) <= self.room()
     }
 
     /// Writes all of `bytes`. While there is no room, `wait` is called, which may give up by `false`: then the rest is lost and

@@ -11,7 +11,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use anykernel::config::Config;
 use anykernel::{Kernel, StartError};
-use anykernel_usb::{Claim, Options, UsbStack};
+use anykernel_usb::{Options, UsbStack};
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicBool, Ordering};
 use hypercall::layers::{Channel, ChannelKind};
@@ -185,14 +185,8 @@ fn start() -> Result<Running, String> {
 /// Starts a stack on Linux's USB devices if the configuration asks for one, and waits until what is to be mounted is there.
 fn start_usb(kernel: &Arc<Kernel<Domain>>) -> Result<(), StartError> {
     const PATIENCE_NS: u64 = 10_000_000_000;
-    let claim = Claim::of_config(kernel.config());
-    let mut words = kernel.config().app.iter().map(String::as_str);
-    let looks = words.next() == Some("usb");
-    if claim == Claim::None && !looks {
-        return Ok(());
-    }
-    let ask_names = looks && words.next() == Some("list");
-    let stack = UsbStack::start_platform(kernel, Options { claim, ask_names, ..Options::default() })?;
+    let Some(options) = Options::of_config(kernel.config()) else { return Ok(()) };
+    let stack = UsbStack::start_platform(kernel, options)?;
     if !stack.settle(PATIENCE_NS) {
         log::warn!("usb: some devices are still not taken in; going on without them");
     }

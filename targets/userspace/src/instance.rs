@@ -6,7 +6,7 @@ use crate::usb::UsbBus;
 use crate::{HostDisk, Link};
 use anykernel::config::Config;
 use anykernel::{Kernel, StartError};
-use anykernel_usb::{Claim, Options, UsbStack};
+use anykernel_usb::{Options, UsbStack};
 use hypercall::{ExitStatus, Host, HostBlock, HostLink, HostUsb};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -149,14 +149,6 @@ impl Instance {
     pub fn builder() -> Builder {
         Builder::default()
     }
-}
-
-/// What of the platform's USB a domain uses; `None`: nothing.
-pub(crate) fn usb_options(config: &Config) -> Option<Options> {
-    let claim = Claim::of_config(config);
-    let wanted = config.app.first().is_some_and(|app| app == "usb") || claim != Claim::None;
-    let ask_names = config.app.get(1).is_some_and(|word| word == "list");
-    wanted.then(|| Options { claim, ask_names, ..Options::default() })
 }
 
 /// Starts the USB stack of an instance on the platform's devices.

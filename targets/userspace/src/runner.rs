@@ -2,7 +2,7 @@
 
 use crate::control::Control;
 use crate::gateway::{self, Bound, Gateway};
-use crate::instance::{Enter, usb_options};
+use crate::instance::Enter;
 use crate::link::{Pcap, Tap};
 use crate::record::Recording;
 use crate::trace::Trace;
@@ -229,7 +229,7 @@ fn userspace(spec: &RunSpec, usb_pcap: Option<Arc<UsbPcap>>) -> Result<ExitStatu
         .memory(spec.memory.unwrap_or(0))
         .config(spec.config.clone())
         .console(ConsoleSink::Stdout { json: spec.json });
-    if let Some(options) = usb_options(&spec.config) {
+    if let Some(options) = Options::of_config(&spec.config) {
         let capture = usb_pcap.map(|file| Capture::new(move |bytes| file.write(bytes)));
         let options = Options { capture, ..options };
         builder = builder.usb(UsbBus::new()?, options);

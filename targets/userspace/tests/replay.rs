@@ -134,6 +134,70 @@ fn a_recording_replays_to_the_same_state_and_says_where_it_does_not() {
     assert!(said.contains("is not a recording"), "{said}");
 }
 
+/// A recording that somebody changed is refused in one line, or goes as far as it can: no crash, no end of memory, no wait
+/// for ever.
+#[test]
+fn a_changed_recording_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = record(dir.path(), "-INT");
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = move |end: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 16) as usize % end.max(1)
+    };
+    let mut ends = std::collections::BTreeMap::new();
+    for round in 0..30 {
+        let changed = dir.path().join("changed");
+        std::fs::copy(&file, &changed).unwrap();
+        let mut what = String::new();
+        rewrite(&changed, |records| {
+            for _ in 0..1 + random(3) {
+                let (at, other) = (random(records.len()), random(records.len()));
+                let strange =
+                    [0, 1, 7, 0xffff, 1 << 20, 1 << 31, 1 << 40, u64::MAX >> 1, u64::MAX][random(9)];
+                let record = &mut records[at];
+                let kind = random(8);
+                what += &format!("{kind} {at} {:?} {strange:#x} {other}; ", record.event);
+                match kind {
+                    0..=2 => match record.results.len() {
+                        0 => record.results.push(strange),
+                        len => record.results[random(len)] = strange,
+                    },
+                    3 => record.data.truncate(random(record.data.len())),
+                    4 => record.data.extend((0..1 + random(3000)).map(|n| n as u8)),
+                    5 => record.thread = random(6) as u32,
+                    6 => drop(records.remove(at)),
+                    _ => records.swap(at, other),
+                }
+            }
+        });
+        // In 4 GiB of addresses, so that asking for too much is seen.
+        let output = Command::new("sh")
+            .args([
+                "-c",
+                "ulimit -v 4194304; exec \"$0\" replay --json \"$1\"",
+                env!("CARGO_BIN_EXE_anykernel"),
+            ])
+            .arg(&changed)
+            .timeout(Duration::from_secs(60))
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let code = output.status.code();
+        assert!(
+            matches!(code, Some(0 | 1)) && said.lines().count() <= 1,
+            "round {round}: {what}{code:?}: {said}"
+        );
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let end = value["end"].as_str().unwrap_or("refused").to_owned();
+        assert_ne!(end, "panicked", "round {round}: {what}{said}");
+        *ends.entry(end).or_insert(0) += 1;
+    }
+    assert!(ends.get("diverged").is_some_and(|count| *count > 5), "{ends:?}");
+}
+
 #[test]
 fn a_recording_of_what_was_killed_is_good_up_to_there() {
     let dir = tempfile::tempdir().unwrap();

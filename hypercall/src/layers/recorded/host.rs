@@ -379,9 +379,7 @@ impl<H: Irq + Threads + Clock> Irq for Recorded<H> {
         let (shadow, number) = self.recorder.add_source(signal);
         let result = self.host.irq_attach(source, cpu, shadow);
         let id = result.as_ref().map_or(0, |id| id.0);
-        if result.is_ok() {
-            self.recorder.begin_use(number, Use::Irq(id));
-        }
+        self.recorder.begin_use(number, result.is_ok().then_some(Use::Irq(id)));
         let (kind, place) = match source {
             IrqSource::Line(line) => (u64::MAX, line.into()),
             IrqSource::Msix { function, entry } => (function_number(function), entry.into()),
@@ -443,9 +441,7 @@ impl<H: HostLink + Threads + Clock> HostLink for Recorded<H> {
     fn link_open(&self, link: u32, signal: Arc<Signal>) -> Result<LinkInfo> {
         let (shadow, number) = self.recorder.add_source(signal);
         let result = self.host.link_open(link, shadow);
-        if result.is_ok() {
-            self.recorder.begin_use(number, Use::Link(link));
-        }
+        self.recorder.begin_use(number, result.is_ok().then_some(Use::Link(link)));
         let mut mac = [0; 8];
         let info = result.as_ref().map_or([0; 2], |info| {
             mac[..6].copy_from_slice(&info.mac);

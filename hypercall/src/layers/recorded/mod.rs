@@ -46,10 +46,19 @@ struct Source {
     signal: Option<Arc<Signal>>,
     /// For what it was given to the host.
     uses: Vec<Use>,
+    /// How often it is just being given to the host.
+    pending: u32,
     /// What the host raises.
     shadow: Arc<Signal>,
     /// How much of the shadow's count the component has seen.
     seen: u32,
+}
+
+impl Source {
+    /// The component's signal, once the host does not have it any more.
+    fn take_unused(&mut self) -> Option<Arc<Signal>> {
+        self.signal.take_if(|_| self.uses.is_empty() && self.pending == 0)
+    }
 }
 
 /// What a signal was given to the host for.
@@ -195,23 +204,45 @@ impl Recorder {
         }
     }
 
-    /// The shadow of `signal`, which the host may raise from now on, and its number.
+    /// The shadow of `signal`, which the host may raise from now on, and its number. [`Recorder::begin_use`] follows.
     fn add_source(&self, signal: Arc<Signal>) -> (Arc<Signal>, u64) {
         self.held(|held| {
             let known =
                 |source: &Source| source.signal.as_ref().is_some_and(|known| Arc::ptr_eq(known, &signal));
             let number = held.sources.iter().position(known).unwrap_or_else(|| {
-                let shadow = Arc::new(Signal::new());
-                held.sources.push(Source { signal: Some(signal), uses: Vec::new(), shadow, seen: 0 });
-                held.sources.len() - 1
+                let source = Source {
+                    signal: Some(signal),
+                    uses: Vec::new(),
+                    pending: 0,
+                    shadow: Arc::new(Signal::new()),
+                    seen: 0,
+                };
+                match held.sources.iter_mut().enumerate().find(|(_, source)| source.signal.is_none()) {
+                    Some((number, free)) => {
+                        *free = source;
+                        number
+                    }
+                    None => {
+                        held.sources.push(source);
+                        held.sources.len() - 1
+                    }
+                }
             });
-            (held.sources[number].shadow.clone(), number as u64)
+            let source = &mut held.sources[number];
+            source.pending += 1;
+            (source.shadow.clone(), number as u64)
         })
     }
 
-    /// The host has it for this.
-    fn begin_use(&self, number: u64, what: Use) {
-        self.held(|held| held.sources[number as usize].uses.push(what));
+    /// The host has it for this; `None`: it refused.
+    fn begin_use(&self, number: u64, what: Option<Use>) {
+        let unused = self.held(|held| {
+            let source = held.sources.get_mut(number as usize)?;
+            source.pending -= 1;
+            source.uses.extend(what);
+            source.take_unused()
+        });
+        drop(unused);
     }
 
     /// The host has given it back.
@@ -219,7 +250,7 @@ impl Recorder {
         let unused = self.held(|held| {
             let source = held.sources.iter_mut().find(|source| source.uses.contains(&what))?;
             source.uses.retain(|one| *one != what);
-            source.signal.take_if(|_| source.uses.is_empty())
+            source.take_unused()
         });
         drop(unused);
     }

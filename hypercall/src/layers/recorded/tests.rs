@@ -161,6 +161,22 @@ fn a_thread_may_spin_for_another() {
 }
 
 #[test]
+fn a_signal_that_the_host_does_not_have_is_not_kept() {
+    let host = TestHost::new();
+    let (link, _) = host.add_link_pair();
+    let (recorded, _) = recorded(host);
+    for _ in 0..3 {
+        let signal = Arc::new(Signal::new());
+        assert!(recorded.link_open(link + 9, signal.clone()).is_err());
+        assert_eq!(Arc::strong_count(&signal), 1);
+        recorded.link_open(link, signal.clone()).unwrap();
+        recorded.link_close(link);
+        assert_eq!(Arc::strong_count(&signal), 1);
+    }
+    assert_eq!(recorded.recorder().held(|held| held.sources.len()), 1, "its place is used again");
+}
+
+#[test]
 fn a_thread_that_spins_hears_of_the_host() {
     let host = TestHost::new();
     let (a, b) = host.add_link_pair();

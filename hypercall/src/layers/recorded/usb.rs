@@ -23,8 +23,8 @@ impl<H: HostUsb + Threads + Clock> HostUsb for Recorded<H> {
         let watches = signal.is_some();
         let (shadow, number) = signal.map(|signal| self.recorder().add_source(signal)).unzip();
         let result = self.host().usb_watch(shadow);
-        if let Some(number) = number.filter(|_| result.is_ok()) {
-            self.recorder().begin_use(number, Use::UsbWatch);
+        if let Some(number) = number {
+            self.recorder().begin_use(number, result.is_ok().then_some(Use::UsbWatch));
         }
         let results = [outcome(&result), number.unwrap_or(u64::MAX)];
         self.note(Call::UsbWatch, &[watches.into()], &results, &[]);
@@ -46,9 +46,7 @@ impl<H: HostUsb + Threads + Clock> HostUsb for Recorded<H> {
     fn usb_open(&self, device: UsbDeviceId, signal: Arc<Signal>) -> Result<()> {
         let (shadow, number) = self.recorder().add_source(signal);
         let result = self.blocking(|host| host.usb_open(device, shadow));
-        if result.is_ok() {
-            self.recorder().begin_use(number, Use::Usb(device.0));
-        }
+        self.recorder().begin_use(number, result.is_ok().then_some(Use::Usb(device.0)));
         self.note(Call::UsbOpen, &[device.0], &[outcome(&result), number], &[]);
         result
     }

@@ -3,7 +3,7 @@
 use super::file::Header;
 use super::host::Replayed;
 use crate::apps;
-use crate::instance::{settle, start_components, start_usb, usb_options};
+use crate::instance::{settle, start_components, start_usb};
 use anykernel::{Kernel, StartError};
 use anykernel_usb::{Options, UsbStack};
 use hypercall::layers::recorded::{ENTER_STOP, Event};
@@ -56,7 +56,7 @@ fn rumprun(kernel: &Arc<Kernel<Replayed>>, usb: bool) {
 }
 
 fn platform_usb(kernel: &Arc<Kernel<Replayed>>) -> Result<(), StartError> {
-    usb_options(kernel.config()).map_or(Ok(()), |options| start_usb(kernel, options))
+    Options::of_config(kernel.config()).map_or(Ok(()), |options| start_usb(kernel, options))
 }
 
 fn xhci(kernel: &Arc<Kernel<Replayed>>) -> Result<(), StartError> {

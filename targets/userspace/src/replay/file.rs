@@ -1,12 +1,15 @@
 //! Recordings, read back.
 
 use crate::RunSpec;
-use crate::instance::usb_options;
 use anykernel::config::Config;
+use anykernel_usb::Options;
 use hypercall::layers::recorded::{CorruptChunk, MAGIC, NoRecord, Record, digest, take_chunk};
 use hypercall::{Call, ContractVersion};
 use serde_json::{Value, json};
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// Raised when an old replayer would misunderstand a new recording.
 const FORMAT: u64 = 2;
@@ -100,7 +103,7 @@ fn components(target: &str) -> &'static [&'static str] {
 fn has_usb(target: &str, spec: &RunSpec) -> bool {
     match target {
         "rumprun" => !spec.usb.is_empty() || spec.config.app.first().is_some_and(|app| app == "usb"),
-        _ => usb_options(&spec.config).is_some(),
+        _ => Options::of_config(&spec.config).is_some(),
     }
 }
 
@@ -111,9 +114,12 @@ fn calls() -> String {
 }
 
 /// Which build of this program runs.
-fn build() -> String {
-    let program = std::fs::read("/proc/self/exe").unwrap_or_default();
-    format!("{}-{:016x}", env!("CARGO_PKG_VERSION"), digest(&program))
+fn build() -> &'static str {
+    static BUILD: OnceLock<String> = OnceLock::new();
+    BUILD.get_or_init(|| {
+        let program = std::fs::read("/proc/self/exe").unwrap_or_default();
+        format!("{}-{:016x}", env!("CARGO_PKG_VERSION"), digest(&program))
+    })
 }
 
 /// The header of a recording that is to be made.
@@ -187,7 +193,15 @@ impl From<CorruptChunk> for RecordingError {
 impl RecordingFile {
     /// Reads a file.
     pub fn open(path: &Path) -> Result<Self, RecordingError> {
-        Self::parse(std::fs::read(path).map_err(|error| RecordingError::Io(error.to_string()))?)
+        let io = |error: std::io::Error| RecordingError::Io(error.to_string());
+        let mut file = File::open(path).map_err(io)?;
+        // So much only: it may be a large disk, or endless.
+        let mut bytes = Vec::new();
+        file.by_ref().take(MAGIC.len() as u64).read_to_end(&mut bytes).map_err(io)?;
+        if bytes == MAGIC {
+            file.read_to_end(&mut bytes).map_err(io)?;
+        }
+        Self::parse(bytes)
     }
 
     /// Reads what was in a file.

@@ -136,7 +136,10 @@ impl Threads for Replayed {
             }
         };
         let name = format!("{thread}:{}", spec.name).replace('\0', "?");
-        std::thread::Builder::new().name(name).spawn(body).map_err(|_| Error::NoMemory)?;
+        if let Err(error) = std::thread::Builder::new().name(name).spawn(body) {
+            // Others would wait for it.
+            engine.panicked(format!("no thread: {error}"));
+        }
         Ok(ThreadId(result(&record, 1)))
     }
     fn join(&self, thread: ThreadId) -> Result<()> {
