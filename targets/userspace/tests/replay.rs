@@ -232,8 +232,9 @@ fn the_debugger_stops_in_the_component() {
     let mut command = Command::cargo_bin("anykernel").unwrap();
     command.arg("replay").arg(&file).args(["--gdb", "--until", "60"]).timeout(Duration::from_secs(120));
     // What a person types: a place in the component, on to it, and who called it.
-    command
-        .write_stdin("break httpd::connection::serve\ninfo breakpoints\ncontinue\nbacktrace\nkill\nquit\n");
+    const SOURCE: &str = include_str!("../../../examples/httpd/src/connection.rs");
+    let line = 1 + SOURCE.lines().position(|line| line.contains("connection.run().await")).unwrap();
+    command.write_stdin(format!("break connection.rs:{line}\ncontinue\nbacktrace 5\nkill\nquit\n"));
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("anykernel_replay_stop"), "{said}");
