@@ -379,7 +379,7 @@ impl<H: Irq + Threads + Clock> Irq for Recorded<H> {
         let (shadow, number) = self.recorder.add_source(signal);
         let result = self.host.irq_attach(source, cpu, shadow);
         let id = result.as_ref().map_or(0, |id| id.0);
-        self.recorder.begin_use(number, result.is_ok().then_some(Use::Irq(id)));
+        self.recorder.begin_use(&self.host, number, result.is_ok().then_some(Use::Irq(id)));
         let (kind, place) = match source {
             IrqSource::Line(line) => (u64::MAX, line.into()),
             IrqSource::Msix { function, entry } => (function_number(function), entry.into()),
@@ -395,7 +395,7 @@ impl<H: Irq + Threads + Clock> Irq for Recorded<H> {
     fn irq_detach(&self, irq: IrqId) {
         self.note(Call::IrqDetach, &[irq.0.into()], &[], &[]);
         self.host.irq_detach(irq);
-        self.recorder.end_use(Use::Irq(irq.0));
+        self.recorder.end_use(&self.host, Use::Irq(irq.0));
     }
 }
 
@@ -441,7 +441,7 @@ impl<H: HostLink + Threads + Clock> HostLink for Recorded<H> {
     fn link_open(&self, link: u32, signal: Arc<Signal>) -> Result<LinkInfo> {
         let (shadow, number) = self.recorder.add_source(signal);
         let result = self.host.link_open(link, shadow);
-        self.recorder.begin_use(number, result.is_ok().then_some(Use::Link(link)));
+        self.recorder.begin_use(&self.host, number, result.is_ok().then_some(Use::Link(link)));
         let mut mac = [0; 8];
         let info = result.as_ref().map_or([0; 2], |info| {
             mac[..6].copy_from_slice(&info.mac);
@@ -465,6 +465,6 @@ impl<H: HostLink + Threads + Clock> HostLink for Recorded<H> {
     fn link_close(&self, link: u32) {
         self.note(Call::LinkClose, &[link.into()], &[], &[]);
         self.host.link_close(link);
-        self.recorder.end_use(Use::Link(link));
+        self.recorder.end_use(&self.host, Use::Link(link));
     }
 }

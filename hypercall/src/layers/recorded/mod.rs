@@ -54,13 +54,6 @@ struct Source {
     seen: u32,
 }
 
-impl Source {
-    /// The component's signal, once the host does not have it any more.
-    fn take_unused(&mut self) -> Option<Arc<Signal>> {
-        self.signal.take_if(|_| self.uses.is_empty() && self.pending == 0)
-    }
-}
-
 /// What a signal was given to the host for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Use {
@@ -234,25 +227,44 @@ impl Recorder {
         })
     }
 
-    /// The host has it for this; `None`: it refused.
-    fn begin_use(&self, number: u64, what: Option<Use>) {
-        let unused = self.held(|held| {
+    /// The host has it for this; `None`: it refused. Who sleeps on it sleeps on its own count, which now nobody raises: it is
+    /// raised once, as a replay does, too.
+    fn begin_use<H: Threads>(&self, host: &H, number: u64, what: Option<Use>) {
+        let Some(what) = what else { return self.drop_unused(host, number, |source| source.pending -= 1) };
+        let signal = self.held(|held| {
             let source = held.sources.get_mut(number as usize)?;
             source.pending -= 1;
-            source.uses.extend(what);
-            source.take_unused()
+            source.uses.push(what);
+            source.signal.clone()
         });
-        drop(unused);
+        if let Some(signal) = signal {
+            signal.advance(1);
+            host.unpark(signal.word(), u32::MAX);
+        }
     }
 
     /// The host has given it back.
-    fn end_use(&self, what: Use) {
+    fn end_use<H: Threads>(&self, host: &H, what: Use) {
+        let of = self.held(|held| held.sources.iter().position(|source| source.uses.contains(&what)));
+        if let Some(number) = of {
+            self.drop_unused(host, number as u64, |source| source.uses.retain(|one| *one != what));
+        }
+    }
+
+    /// Lets go of a component's signal that the host does not have any more. Who sleeps on its shadow goes on to sleep on it.
+    fn drop_unused<H: Threads>(&self, host: &H, number: u64, change: impl FnOnce(&mut Source)) {
         let unused = self.held(|held| {
-            let source = held.sources.iter_mut().find(|source| source.uses.contains(&what))?;
-            source.uses.retain(|one| *one != what);
-            source.take_unused()
+            let source = held.sources.get_mut(number as usize)?;
+            change(source);
+            let unused = source.uses.is_empty() && source.pending == 0;
+            Some((source.signal.take_if(|_| unused)?, source.shadow.clone()))
         });
-        drop(unused);
+        if let Some((signal, shadow)) = unused {
+            shadow.advance(1);
+            host.unpark(shadow.word(), u32::MAX);
+            // Meanwhile the component may have raised it where only the shadow was looked at.
+            host.unpark(signal.word(), u32::MAX);
+        }
     }
 
     /// The shadow of the signal whose count `word` is, and what was seen of it.

@@ -19,12 +19,12 @@ impl<H: HostUsb + Threads + Clock> Recorded<H> {
 
 impl<H: HostUsb + Threads + Clock> HostUsb for Recorded<H> {
     fn usb_watch(&self, signal: Option<Arc<Signal>>) -> Result<()> {
-        self.recorder().end_use(Use::UsbWatch);
+        self.recorder().end_use(self.host(), Use::UsbWatch);
         let watches = signal.is_some();
         let (shadow, number) = signal.map(|signal| self.recorder().add_source(signal)).unzip();
         let result = self.host().usb_watch(shadow);
         if let Some(number) = number {
-            self.recorder().begin_use(number, result.is_ok().then_some(Use::UsbWatch));
+            self.recorder().begin_use(self.host(), number, result.is_ok().then_some(Use::UsbWatch));
         }
         let results = [outcome(&result), number.unwrap_or(u64::MAX)];
         self.note(Call::UsbWatch, &[watches.into()], &results, &[]);
@@ -46,14 +46,14 @@ impl<H: HostUsb + Threads + Clock> HostUsb for Recorded<H> {
     fn usb_open(&self, device: UsbDeviceId, signal: Arc<Signal>) -> Result<()> {
         let (shadow, number) = self.recorder().add_source(signal);
         let result = self.blocking(|host| host.usb_open(device, shadow));
-        self.recorder().begin_use(number, result.is_ok().then_some(Use::Usb(device.0)));
+        self.recorder().begin_use(self.host(), number, result.is_ok().then_some(Use::Usb(device.0)));
         self.note(Call::UsbOpen, &[device.0], &[outcome(&result), number], &[]);
         result
     }
     fn usb_close(&self, device: UsbDeviceId) {
         self.blocking(|host| host.usb_close(device));
         self.note(Call::UsbClose, &[device.0], &[], &[]);
-        self.recorder().end_use(Use::Usb(device.0));
+        self.recorder().end_use(self.host(), Use::Usb(device.0));
     }
     fn usb_configure(&self, device: UsbDeviceId, configuration: u8) -> Result<()> {
         let arguments = [device.0, configuration.into()];

@@ -36,7 +36,10 @@ pub(super) fn run(header: &Header, host: Replayed, stop: &Stop) {
         "linux-module" => linux_module(&kernel),
         _ => userspace(&kernel),
     }
+    // The module lets go of it only when its threads have left. What goes with it makes calls, too.
+    let kernel = (header.target == "linux-module").then_some(kernel);
     host.0.leave(Event::End);
+    drop(kernel);
 }
 
 fn app(kernel: &Arc<Kernel<Replayed>>) -> ExitStatus {

@@ -301,10 +301,12 @@ impl Engine {
         state.note(Event::Raise, record.thread, &[], record);
     }
 
-    /// The signal that the recording counts as `number`.
+    /// The host has the signal that the recording counts as `number`.
     pub(super) fn add_signal(&self, number: u64, signal: Arc<Signal>) {
         const MOST: usize = 1 << 16;
         let (mut state, number) = (self.lock(), number as usize);
+        // As the recorder did.
+        signal.advance(1);
         if number < MOST {
             let len = state.signals.len().max(number + 1);
             state.signals.resize(len, None);

@@ -288,8 +288,9 @@ impl Irq for Replayed {
             IrqSource::Msix { function, entry } => (function_number(function), entry.into()),
         };
         let record = self.call(Call::IrqAttach, &[kind, place, cpu.0.into()]);
+        outcome(&record)?;
         self.0.add_signal(result(&record, 2), signal);
-        outcome(&record).map(|()| IrqId(result(&record, 1) as u32))
+        Ok(IrqId(result(&record, 1) as u32))
     }
     fn irq_unmask(&self, irq: IrqId) {
         self.call(Call::IrqUnmask, &[irq.0.into()]);
@@ -330,8 +331,8 @@ impl HostLink for Replayed {
     }
     fn link_open(&self, link: u32, signal: Arc<Signal>) -> Result<LinkInfo> {
         let record = self.call(Call::LinkOpen, &[link.into()]);
-        self.0.add_signal(result(&record, 3), signal);
         outcome(&record)?;
+        self.0.add_signal(result(&record, 3), signal);
         let [a, b, c, d, e, f, ..] = result(&record, 1).to_le_bytes();
         Ok(LinkInfo { mac: [a, b, c, d, e, f], mtu: result(&record, 2) as u16 })
     }

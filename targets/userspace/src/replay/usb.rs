@@ -14,10 +14,11 @@ impl Replayed {
 impl HostUsb for Replayed {
     fn usb_watch(&self, signal: Option<Arc<Signal>>) -> Result<()> {
         let record = self.call(Call::UsbWatch, &[signal.is_some().into()]);
+        outcome(&record)?;
         if let Some(signal) = signal {
             self.0.add_signal(result(&record, 1), signal);
         }
-        outcome(&record)
+        Ok(())
     }
     fn usb_devices(&self, found: &mut dyn FnMut(UsbDeviceInfo)) {
         let record = self.call(Call::UsbDevices, &[]);
@@ -30,8 +31,9 @@ impl HostUsb for Replayed {
     }
     fn usb_open(&self, device: UsbDeviceId, signal: Arc<Signal>) -> Result<()> {
         let record = self.call(Call::UsbOpen, &[device.0]);
+        outcome(&record)?;
         self.0.add_signal(result(&record, 1), signal);
-        outcome(&record)
+        Ok(())
     }
     fn usb_close(&self, device: UsbDeviceId) {
         self.call(Call::UsbClose, &[device.0]);
