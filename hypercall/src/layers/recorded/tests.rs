@@ -98,16 +98,16 @@ fn what_the_host_raises_comes_as_a_record_where_a_thread_sleeps() {
     recorded.link_open(a, signal.clone()).unwrap();
     host.link_open(b, Arc::new(Signal::new())).unwrap();
     host.link_send(b, &[0x5a; 60]).unwrap();
-    assert_eq!(signal.count(), 0, "nothing reaches a component between its calls");
-    assert!(signal.wait(&recorded, 0, None));
-    assert_eq!(signal.count(), 1);
+    assert_eq!(signal.count(), 1, "nothing reaches a component between its calls, but that the host has it");
+    assert!(signal.wait(&recorded, 1, None));
+    assert_eq!(signal.count(), 2);
     let mut frame = [0; 2000];
     assert_eq!(recorded.link_receive(a, &mut frame), Ok(60));
     let kinds: Vec<&str> = records(ring).iter().map(|record| record.event.name()).collect();
     assert_eq!(kinds, ["link_open", "raise", "park", "link_receive"]);
     // A component may raise it, too.
     signal.raise(&recorded);
-    assert!(signal.wait(&recorded, 1, None));
+    assert!(signal.wait(&recorded, 2, None));
     recorded.link_close(a);
     assert_eq!(Arc::strong_count(&signal), 1, "it was given back");
 }
@@ -142,10 +142,16 @@ fn sleepers_wake() {
 #[test]
 fn a_thread_may_spin_for_another() {
     let (host, ring) = recorded(TestHost::new());
-    let turn = Arc::new(AtomicU32::new(0));
+    let (turn, begun) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
     let play = |me: u32| {
-        let turn = turn.clone();
+        let (turn, begun) = (turn.clone(), begun.clone());
         let body = move || {
+            // On a busy machine the other one may come late, and whoever spins alone is not preempted.
+            begun.fetch_add(1, Ordering::Release);
+            while begun.load(Ordering::Acquire) < 2 {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                host.yield_now();
+            }
             while turn.load(Ordering::Acquire) < 10 {
                 if turn.load(Ordering::Acquire) % 2 == me {
                     turn.fetch_add(1, Ordering::Release);
@@ -177,15 +183,43 @@ fn a_signal_that_the_host_does_not_have_is_not_kept() {
 }
 
 #[test]
+fn who_slept_before_the_host_had_the_signal_is_woken() {
+    let host = TestHost::new();
+    let (a, b) = host.add_link_pair();
+    let (recorded, _) = recorded(host);
+    let signal = Arc::new(Signal::new());
+    let slept = signal.clone();
+    let sleeper = move || {
+        let deadline = recorded.monotonic_ns() + 20_000_000_000;
+        loop {
+            let seen = slept.count();
+            if recorded.link_receive(a, &mut [0; 1514]).is_ok() {
+                return;
+            }
+            assert!(slept.wait(&recorded, seen, Some(deadline)), "nobody woke it");
+        }
+    };
+    let thread = recorded.spawn(ThreadSpec { name: "t", cpu: None }, Box::new(sleeper)).unwrap();
+    for _ in 0..10 {
+        recorded.yield_now();
+    }
+    recorded.link_open(a, signal).unwrap();
+    host.link_open(b, Arc::new(Signal::new())).unwrap();
+    host.link_send(b, &[0x5a; 60]).unwrap();
+    recorded.join(thread).unwrap();
+}
+
+#[test]
 fn a_thread_that_spins_hears_of_the_host() {
     let host = TestHost::new();
     let (a, b) = host.add_link_pair();
     let (recorded, _) = recorded(host);
     let signal = Arc::new(Signal::new());
     recorded.link_open(a, signal.clone()).unwrap();
+    let seen = signal.count();
     host.link_open(b, Arc::new(Signal::new())).unwrap();
     host.link_send(b, &[0x5a; 60]).unwrap();
-    while signal.count() == 0 {
+    while signal.count() == seen {
         recorded.monotonic_ns();
     }
 }
