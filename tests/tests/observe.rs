@@ -107,8 +107,8 @@ fn replay(file: &Path) -> Value {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let said: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(said["end"], "complete");
-    // Eight requests are far over a hundred calls on every target; a recording that began too late is none.
-    assert!(said["calls"].as_u64().unwrap() > 200, "{said}");
+    // One that began too late is none.
+    assert!(said["calls"].as_u64().unwrap() > 20, "{said}");
     said
 }
 
@@ -119,7 +119,10 @@ fn is_replayed(target: &str, disk: &[&str]) {
     let (mut server, _stdout) = serve(target, &[disk, &["--record", file.to_str().unwrap()]].concat());
     server.interrupt();
     assert!(server.end(Duration::from_secs(60)).success());
-    assert_eq!(replay(&file), replay(&file), "{target}: twice the same hash");
+    let said = replay(&file);
+    // Eight requests are far over a hundred calls on every target.
+    assert!(said["calls"].as_u64().unwrap() > 200, "{target}: {said}");
+    assert_eq!(said, replay(&file), "{target}: twice the same hash");
 }
 
 #[test]
