@@ -157,6 +157,8 @@ fn a_thread_may_spin_for_another() {
                     turn.fetch_add(1, Ordering::Release);
                 }
                 host.monotonic_ns();
+                // Nobody empties the ring, and the other one may lose the CPU before it asks for the baton again.
+                std::thread::sleep(std::time::Duration::from_micros(20));
             }
         };
         host.spawn(ThreadSpec { name: "t", cpu: None }, Box::new(body)).unwrap()
