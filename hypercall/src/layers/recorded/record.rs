@@ -183,8 +183,12 @@ pub fn submitted(device: UsbDeviceId, transfer: &UsbTransfer) -> [u64; 8] {
         UsbTransferKind::Bulk => (1, 0),
         UsbTransferKind::Interrupt => (2, 0),
     };
-    let sent = if receives(transfer) { 0 } else { digest(&transfer.data) };
-    let len = transfer.data.len() as u64;
+    let sent = if receives(transfer) {
+        0
+    } else {
+        transfer.data.iter().fold(SEED, |hash, buffer| mix(hash, digest(buffer)))
+    };
+    let len = transfer.len() as u64;
     [device.0, kind, setup, transfer.endpoint.into(), len, sent, transfer.zero_packet.into(), transfer.tag]
 }
 

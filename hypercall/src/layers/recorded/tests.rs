@@ -242,7 +242,7 @@ fn transfers_of_usb_are_written_where_they_begin_and_where_they_are_reaped() {
     let transfer = |endpoint, data: &[u8], tag| UsbTransfer {
         kind: UsbTransferKind::Bulk,
         endpoint,
-        data: data.into(),
+        data: vec![data.into()],
         zero_packet: false,
         tag,
     };
@@ -256,7 +256,7 @@ fn transfers_of_usb_are_written_where_they_begin_and_where_they_are_reaped() {
             None => assert!(signal.wait(&recorded, seen, None)),
         }
     }
-    assert_eq!((&reaped[1].transfer.data[..5], reaped[1].actual), (&b"hello"[..], 5));
+    assert_eq!((&reaped[1].transfer.data[0][..5], reaped[1].actual), (&b"hello"[..], 5));
     assert!(recorded.usb_submit(id, transfer(0x07, b"", 3)).is_err());
     recorded.usb_close(id);
     recorded.usb_watch(None).unwrap();

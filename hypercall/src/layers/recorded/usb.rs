@@ -98,8 +98,10 @@ impl<H: HostUsb + Threads + Clock> HostUsb for Recorded<H> {
             Some(UsbCompletion { transfer, actual, status }) => {
                 let code = USB_STATUS.iter().position(|one| one == status).unwrap_or(usize::MAX);
                 let results = [1, transfer.tag, *actual as u64, code as u64];
-                let data: &[u8] = if receives(transfer) { &transfer.data } else { &[] };
-                self.note(Call::UsbReap, &[device.0], &results, data.get(..*actual).unwrap_or(data));
+                let len = if receives(transfer) { transfer.len().min(*actual) } else { 0 };
+                let mut data = alloc::vec![0; len];
+                transfer.gather(&mut data);
+                self.note(Call::UsbReap, &[device.0], &results, &data);
             }
         }
         completion

@@ -73,8 +73,8 @@ impl HostUsb for Replayed {
         let record = self.call(Call::UsbReap, &[device.0]);
         let [1, tag, actual, status] = record.results[..] else { return None };
         let mut transfer = self.0.transfers(|transfers| transfers.remove(&(device.0, tag)))?;
-        copy(&record, &mut transfer.data);
-        let actual = usize::try_from(actual).unwrap_or(usize::MAX).min(transfer.data.len());
+        transfer.scatter(&record.data);
+        let actual = usize::try_from(actual).unwrap_or(usize::MAX).min(transfer.len());
         let status = usize::try_from(status).ok().and_then(|code| USB_STATUS.get(code));
         Some(UsbCompletion { transfer, actual, status: *status.unwrap_or(&UsbStatus::Error) })
     }
