@@ -184,16 +184,17 @@ async fn talk(stream: &TcpStream, session: &mut Session) -> Result<(), NetError>
     stream.0.set_nodelay(true)?;
     let mut message = vec![0; wire::HEADER];
     loop {
-        message.resize(wire::HEADER, 0);
-        if !fill(stream, &mut message).await? {
+        let mut start = [0; wire::HEADER];
+        if !fill(stream, &mut start).await? {
             return Ok(());
         }
-        let Some(start) = message.first_chunk() else { return Ok(()) };
-        let (len, ..) = wire::header(start);
+        let (len, ..) = wire::header(&start);
         let body = (len as usize).checked_sub(wire::HEADER).filter(|_| len <= session.msize());
         let Some(body) = body else { return Err(NetError::Invalid) };
-        message.try_reserve(body).map_err(|_| NetError::NoMemory)?;
-        message.resize(len as usize, 0);
+        message.clear();
+        message.try_reserve(start.len() + body).map_err(|_| NetError::NoMemory)?;
+        message.extend_from_slice(&start);
+        message.resize(start.len() + body, 0);
         if !fill(stream, message.get_mut(wire::HEADER..).unwrap_or_default()).await? {
             return Ok(());
         }
