@@ -3,7 +3,7 @@
 use crate::RunSpec;
 use anykernel::config::Config;
 use anykernel_usb::Options;
-use hypercall::layers::recorded::{CorruptChunk, MAGIC, NoRecord, Record, digest, take_chunk};
+use hypercall::layers::recorded::{CorruptChunk, Event, MAGIC, NoRecord, Record, digest, take_chunk};
 use hypercall::{Call, ContractVersion};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -224,7 +224,8 @@ impl RecordingFile {
         let (mut rest, mut calls) = (&bytes[..], 0);
         loop {
             match Record::take(&mut rest) {
-                Ok(_) => calls += 1,
+                Ok(record) if shows_a_time(&record) => calls += 1,
+                Ok(_) => return Err(RecordingError::Invalid(calls + 1)),
                 // Where the file ends in the middle of something, its last record may, too.
                 Err(NoRecord::Cut) => break,
                 Err(NoRecord::Invalid) => return Err(RecordingError::Invalid(calls + 1)),
@@ -235,6 +236,12 @@ impl RecordingFile {
         }
         Ok(Self { header, records: bytes, cut })
     }
+}
+
+/// Whether a clock, if it is one, shows less than the contract's limit: components add to it.
+fn shows_a_time(record: &Record) -> bool {
+    let clock = matches!(record.event, Event::Call(Call::MonotonicNs | Call::RealtimeNs));
+    !clock || record.results.iter().all(|ns| ns >> 63 == 0)
 }
 
 #[cfg(test)]
@@ -279,6 +286,9 @@ mod tests {
         assert_eq!(with(&[0, 0, 0, 0, 0, 1, 0, 99]).unwrap_err(), RecordingError::Invalid(2));
         let endless = [0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
         assert_eq!(with(&endless).unwrap_err(), RecordingError::Invalid(1));
+        // A clock that shows 2^63 ns.
+        let late = [&[Call::MonotonicNs as u8, 0, 0, 1][..], &[0x80; 9], &[1, 0]].concat();
+        assert_eq!(with(&late).unwrap_err(), RecordingError::Invalid(1));
         assert_eq!(with(&[]).unwrap_err(), RecordingError::Empty);
     }
 
