@@ -8,9 +8,11 @@ use std::time::Duration;
 /// Longer than any script takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(400);
 
-/// Functions of every script. What is said goes to the second serial port, which the test reads.
-const PRELUDE: &str = r#"
-say() { echo "$*" >/dev/ttyS1; }
+/// How scripts speak: to the second serial port, which the test reads.
+const SAY: &str = r#"say() { echo "$*" >/dev/ttyS1; }"#;
+
+/// A function of scripts that waits until the instance in the module has ended, and says how. For scripts that have `say`.
+pub const STATUS: &str = r#"
 status() {
 	while read -r state code </sys/module/anykernel/parameters/status; do
 		case $state in ended | dead) break ;; esac
@@ -20,9 +22,9 @@ status() {
 }
 "#;
 
-/// Runs a script to its end, and returns what it said, line by line. Panics with the last words of a guest that stopped early.
+/// Runs a script, which has `say` and `status`, to its end, and returns what it said, line by line. Panics with the last words of a guest that stopped early.
 pub fn run_script(spec: &RunSpec, series: &str, script: &str) -> (Vec<String>, Said) {
-    let script = format!("{PRELUDE}\n{script}\nsay complete\nend 0\n");
+    let script = format!("{SAY}\n{STATUS}\n{script}\nsay complete\nend 0\n");
     let said =
         linux_module::run_script(spec, series, &script, PATIENCE).unwrap_or_else(|error| panic!("{error}"));
     let lines: Vec<String> = said.lines.lines().map(|line| line.trim_end().to_owned()).collect();

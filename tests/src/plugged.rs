@@ -1,6 +1,7 @@
 //! A Debian guest whose USB devices come and go while its script runs: it asks, the test plugs.
 
 use crate::anykernel;
+use crate::module::PATIENCE;
 use anykernel_userspace::qemu::linux_module::guest::{DebianGuest, PARAMETERS};
 use anykernel_userspace::qemu::qmp::Qmp;
 use anykernel_userspace::qemu::{Accelerator, End, Process};
@@ -9,9 +10,6 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-
-/// Far more than any of these guests needs on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(400);
 
 /// What every script begins with. Lines that begin with `@` ask the test to plug.
 const BEGIN: &str = r#"

@@ -3,10 +3,9 @@
 
 use anykernel::Kernel;
 use anykernel::config::{Config, Mount};
-use anykernel_tests::{Running, anykernel, free_port, line};
+use anykernel_tests::{Running, anykernel, free_port, line, module};
 use anykernel_usb::testing::StorageModel;
 use anykernel_usb::{Options, UsbStack};
-use anykernel_userspace::qemu::linux_module;
 use anykernel_userspace::record::Recording;
 use anykernel_userspace::replay::header;
 use anykernel_userspace::runner::{self, Target};
@@ -145,22 +144,17 @@ fn recordings_of_linux_module_replay_in_a_process() {
 #[test]
 fn a_recorded_module_leaves_nothing_behind() {
     const SCRIPT: &str = r#"
-insmod /lib/anykernel.ko links=0 config_file=/config.json || echo "not loaded" >/dev/ttyS1
-while read -r state code </sys/module/anykernel/parameters/status; do
-	case $state in ended | dead) break ;; esac
-	sleep 0.2
-done
-rmmod anykernel && echo "unloaded after $state $code" >/dev/ttyS1
+insmod /lib/anykernel.ko links=0 config_file=/config.json || say "not loaded"
+status
+rmmod anykernel && say "unloaded"
 dmesg | grep -E 'anykernel:.*left behind|BUG:|WARNING:|Oops' >/dev/ttyS1
-end 0
 "#;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("recording");
     let config = Config { app: ["selftest", "tmpfs"].map(Into::into).into(), ..Config::default() };
     let spec = RunSpec { cpus: 2, record: Some(file.clone()), ..RunSpec::new(config) };
-    let said = linux_module::run_script(&spec, "6.1", SCRIPT, Duration::from_secs(400)).unwrap();
-    assert_eq!(said.ended, Ok(ExitStatus::Success), "{}", said.last_words());
-    assert_eq!(said.lines.lines().next(), Some("unloaded after ended 0"), "{}", said.last_words());
+    let (lines, said) = module::run_script(&spec, "6.1", SCRIPT);
+    assert_eq!(lines, ["status ended 0", "unloaded", "complete", "0"], "{}", said.last_words());
     replay(&file);
 }
 

@@ -179,13 +179,7 @@ echo 1 >/proc/sys/kernel/hung_task_panic
 load() { insmod /lib/anykernel.ko links=0 config="$1" || echo "bad insmod"; }
 # Waits until it was said so often since the last unload.
 said() { n=0; while [ "$(dmesg | grep -c "$2")" -lt "$1" ] && [ $n -lt 1200 ]; do sleep 0.1; n=$((n + 1)); done; check "said $2" [ $n -lt 1200 ]; }
-status() {
-	while read -r state code </sys/module/anykernel/parameters/status; do
-		case $state in ended | dead) break ;; esac
-		sleep 0.2
-	done
-	echo "status $state $code"
-}
+say() { echo "$*"; }
 # All of it goes: threads, the driver, and what the module counts, of which it would say that it is left behind.
 unload() {
 	rmmod anykernel || echo "bad rmmod"
@@ -297,7 +291,7 @@ fn devices_come_and_go_under_the_module() {
         counts.push(counts.last().copied().unwrap_or(0) + part.len());
     }
     let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
-    let script = format!("{TAKES}{}", COMES_AND_GOES.replace("COUNTS", &counts.join(" ")));
+    let script = format!("{TAKES}{}{}", module::STATUS, COMES_AND_GOES.replace("COUNTS", &counts.join(" ")));
     let mut guest = plugged::guest(&script, &["xhci-pci", "usb-storage"]);
     guest.module().unwrap_or_else(|failure| panic!("{failure}"));
     let port = free_port();

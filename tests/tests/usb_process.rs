@@ -4,7 +4,8 @@
 
 mod usb_support;
 
-use anykernel_tests::plugged::{PATIENCE, all_ok, boot, guest, plug_stick, pull};
+use anykernel_tests::module::PATIENCE;
+use anykernel_tests::plugged::{all_ok, boot, guest, plug_stick, pull};
 use anykernel_tests::{free_port, usb_capture};
 use anykernel_userspace::qemu::linux_module::guest::DebianGuest;
 use serde_json::json;
